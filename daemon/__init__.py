@@ -1,0 +1,1 @@
+"""Keeps the processes alive: configuration, forking, signals, exit codes. Imported by nobody else."""

@@ -1,0 +1,1 @@
+"""Turns HTTP into requests and tokens into HTTP."""

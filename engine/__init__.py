@@ -1,0 +1,1 @@
+"""Scheduling core: decides what runs next and owns the block tables. No torch, no aiohttp."""

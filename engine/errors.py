@@ -1,0 +1,95 @@
+"""What can go wrong, as types. Nothing here has heard of HTTP; endpoint/http_errors.py has the statuses."""
+
+from __future__ import annotations
+
+
+class ServerError(Exception):
+    """Base of everything a client may be told about. The text is the client's message.
+
+    `code` is stable and machine-readable; `number` is how it travels in a token record.
+    """
+
+    code = "internal"
+    number = 1
+
+
+class InvalidRequest(ServerError):
+    """The body is wrong in a way that can be known from the body alone."""
+
+    code = "invalid_request"
+    number = 2
+
+
+class NotFound(ServerError):
+    """Unknown path, model in a path, or id."""
+
+    code = "not_found"
+    number = 3
+
+
+class MethodNotAllowed(ServerError):
+    code = "method_not_allowed"
+    number = 4
+
+    def __init__(self, message: str, allowed: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+
+class BodyTooLarge(ServerError):
+    code = "body_too_large"
+    number = 5
+
+
+class GenerationRefused(ServerError):
+    """Well formed, but the engine cannot serve it: too long, id outside the vocabulary, no cache for it."""
+
+    code = "generation_refused"
+    number = 6
+
+
+class RequestTimeout(ServerError):
+    """One of tokenTimeout, e2eTimeout or the client's own timeout has passed."""
+
+    code = "timeout"
+    number = 7
+
+
+class EngineFailed(ServerError):
+    """The engine died, or produced something that is no result, while the request was running."""
+
+    code = "engine_failed"
+    number = 8
+
+
+class ServiceUnavailable(ServerError):
+    """Not ready, stopping, or full."""
+
+    code = "unavailable"
+    number = 9
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StartupError(Exception):
+    """The service cannot start. One clear line, and the exit code of operations.md section 1."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class EngineBug(AssertionError):
+    """An invariant of our own does not hold."""
+
+
+EXIT_OK = 0
+EXIT_CONFIG = 1
+EXIT_USAGE = 2
+EXIT_ADDRESS = 3
+EXIT_TLS = 4
+EXIT_INIT = 5
+EXIT_CHILD_DIED = 6
+EXIT_IPC = 7

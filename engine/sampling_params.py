@@ -1,0 +1,34 @@
+"""How one request wants its tokens chosen, with every default already resolved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Resolved sampling parameters; the endpoint fills in defaults and checks ranges.
+
+    Application order: penalties, temperature, top_k, top_p, draw (api.md section 3.4).
+    """
+
+    max_tokens: int  # > 0; already clamped to what fits the context
+    temperature: float = 0.0  # 0 = greedy: top_k, top_p and seed are then irrelevant
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    seed: int = 0  # [0, 2**64 - 1]; always set, drawn by the endpoint when the client sent none
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    stop_token_ids: tuple[int, ...] = ()  # besides EOS
+    ignore_eos: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        )

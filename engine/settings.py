@@ -1,0 +1,107 @@
+"""The frozen slices that daemon/config.py cuts config.json into.
+
+They live at the bottom of the import order because every process receives some of them. Each class
+is given the slice, or the few numbers, it needs; nobody writes a result back into one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Plane = Literal["business", "management", "metrics"]
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """Certificate material of one listener; all paths absolute."""
+
+    ca_files: tuple[Path, ...]
+    cert_file: Path
+    key_file: Path
+    key_password_file: Path | None
+    crl_files: tuple[Path, ...]  # empty: no revocation check
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One bound address and the planes it serves."""
+
+    planes: tuple[Plane, ...]
+    address: str  # IPv4 or IPv6 literal without brackets
+    port: int
+    tls: TlsFiles | None  # None: plain HTTP
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSettings:
+    listeners: tuple[Listener, ...]
+    max_link_num: int  # requests served at once; twice as many may wait
+    max_request_bytes: int
+    max_json_depth: int
+    full_text: bool  # stream frames carry all text so far instead of the increment
+    openai_flavour: Literal["vllm", "openai"]
+    token_timeout_s: int  # longest wait for the next token
+    e2e_timeout_s: int  # longest time from arrival to the last token
+    tokenizer_threads: int
+    metrics_enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleSettings:
+    """Limits of the scheduler after the silent adjustments of config.md section 8."""
+
+    block_size: int  # tokens per KV block
+    max_prefill_batch_size: int  # sequences per prefill step
+    max_prefill_tokens: int  # prompt tokens per prefill step
+    max_batch_size: int  # sequences per decode step
+    max_iter_times: int  # cap on output tokens of any request
+    max_queue_delay_us: int  # longest wait for a fuller prefill batch
+    max_first_token_wait_ms: int  # after this wait a new request may preempt a running one
+    max_n: int
+    max_seq_len: int  # prompt + output tokens
+    max_input_len: int  # effective prompt limit: min(maxInputTokenLen, maxSeqLen - 1)
+    truncation: Literal["off", "keep_head", "keep_tail"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    name: str
+    weight_path: Path
+    instance_type: Literal["Standard", "StandardMock"]
+    device_type: Literal["auto", "npu", "cuda", "cpu"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    kv_cache_gib: int  # npuMemSize: -1 = automatic
+    kv_cache_mib: int  # kvCacheMemMiB: > 0 replaces kv_cache_gib
+    kv_block_num: int  # kvCacheBlockNum: > 0 wins over both
+    memory_fraction: float  # NPU_MEMORY_FRACTION, used when sizing automatically on npu and cuda
+    cpu_threads: int  # torch threads per worker; 0 = cores / workers
+    trust_remote_code: bool
+    ignore_eos: bool
+    world_size: int
+    cpu_mem_gib: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    dynamic_level: str  # "" = level from the environment
+    valid_hours: int
+    valid_time: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Everything the parent knows. Children are handed the slices they need."""
+
+    root: Path  # installation root
+    config_file: Path
+    endpoint: EndpointSettings
+    schedule: ScheduleSettings
+    model: ModelSettings
+    log: LogSettings
+    device_ids: tuple[tuple[int, ...], ...]  # one inner tuple per model instance
+    worker_init_timeout_s: int
+    graceful_stop_timeout_s: int
+    ipc_dir: Path | None  # None: a private directory under the system's temporary directory
+    warnings: tuple[str, ...]  # to be logged once the log is open

@@ -1,0 +1,1 @@
+"""What travels between processes: messages over ZeroMQ, arrays over shared-memory rings."""

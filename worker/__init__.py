@@ -1,0 +1,1 @@
+"""Runs tensors: platforms, weights, models, attention, sampling."""
