@@ -1,0 +1,70 @@
+"""What one step computes: the arrays every rank needs, built once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.sequence import Sequence
+
+Int32Array = NDArray[np.int32]
+
+
+class StepKind(IntEnum):
+    PREFILL = 1
+    DECODE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step over R sequences and T tokens, ragged, without padding.
+
+    The query tokens of row r are `input_ids[query_start[r]:query_start[r + 1]]`; they are the last tokens
+    of a context of `context_len[r]` tokens, so position = context_len - query length + offset.
+    Every row samples one token from its last query token.
+    """
+
+    kind: StepKind
+    sequences: Seq[Sequence]  # [R]; only the leader has them
+    input_ids: Int32Array  # [T]
+    positions: Int32Array  # [T]
+    slot_mapping: Int32Array  # [T] block * block_size + offset, distinct
+    query_start: Int32Array  # [R + 1]
+    context_len: Int32Array  # [R] tokens with keys in the cache after this step
+    block_table: Int32Array  # [R, B], B = longest table of the step, padded with 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.context_len)
+
+
+def build_plan(kind: StepKind, sequences: Seq[Sequence], block_size: int) -> StepPlan:
+    """Lay the uncomputed tokens of `sequences` out for one step; their blocks are already allocated."""
+    rows = len(sequences)
+    context_len = np.fromiter((seq.num_tokens for seq in sequences), np.int32, rows)
+    computed = np.fromiter((seq.num_computed for seq in sequences), np.int32, rows)
+    query_start = np.zeros(rows + 1, np.int32)
+    np.cumsum(context_len - computed, out=query_start[1:])
+
+    block_table = np.zeros((rows, max(len(seq.block_table) for seq in sequences)), np.int32)
+    for row, seq in enumerate(sequences):
+        block_table[row, : len(seq.block_table)] = seq.block_table
+
+    if kind is StepKind.DECODE:
+        positions = computed
+        input_ids = np.fromiter((seq.tokens[seq.num_computed] for seq in sequences), np.int32, rows)
+        row_of_token: NDArray[np.intp] = np.arange(rows)
+    else:
+        input_ids = np.concatenate([seq.tokens[seq.num_computed : seq.num_tokens] for seq in sequences])
+        positions = np.concatenate([np.arange(seq.num_computed, seq.num_tokens, dtype=np.int32) for seq in sequences])
+        row_of_token = np.repeat(np.arange(rows), context_len - computed)
+    slots = block_table[row_of_token, positions // block_size] * block_size + positions % block_size
+    return StepPlan(kind, sequences, input_ids, positions, slots, query_start, context_len, block_table)
