@@ -5,32 +5,21 @@ from __future__ import annotations
 import logging
 from bisect import insort
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.block_manager import BlockManager
 from engine.errors import EngineFailed, GenerationRefused, ServerError
+from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan, build_plan
-from engine.sequence import FinishCode, Sequence, SeqStatus
+from engine.sequence import Sequence, SeqStatus
 from engine.settings import ScheduleSettings
 
 log = logging.getLogger("llm.scheduler")
 
 # Decode goes first below this share of free blocks: a prefill would only be preempted again.
 _LOW_BLOCKS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one step, or a refusal, means for one request: one row of a token record."""
-
-    request_id: int
-    token: int  # -1: no token, see `error`
-    finish: FinishCode
-    error: type[ServerError] | None
-    queue_wait_us: int  # between the previous step of this request (or its arrival) and this one
 
 
 class Scheduler:

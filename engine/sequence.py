@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum, IntEnum
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineBug
+from engine.outcome import FinishCode
 from engine.sampling_params import SamplingParams
 
 TokenArray = NDArray[np.int32]
@@ -17,17 +18,6 @@ class SeqStatus(Enum):
     WAITING = "waiting"  # prompt (and, after preemption, its output so far) still to be prefilled
     RUNNING = "running"
     FINISHED = "finished"
-
-
-class FinishCode(IntEnum):
-    """How a sequence ended; travels as one byte of a token record."""
-
-    NONE = 0
-    EOS = 1
-    STOP_TOKEN = 2
-    LENGTH = 3
-    ABORTED = 4  # no record is sent: whoever aborted knows
-    ERROR = 5  # the record's `error` byte holds ServerError.number
 
 
 _NEXT: dict[SeqStatus, set[SeqStatus]] = {

@@ -10,10 +10,11 @@ import pytest
 
 from engine.block_manager import BlockManager
 from engine.errors import EngineBug, GenerationRefused
+from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Outcome, Scheduler
-from engine.sequence import FinishCode, Sequence, SeqStatus
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SeqStatus
 from engine.settings import ScheduleSettings
 
 EOS = 7

@@ -1,0 +1,30 @@
+"""What one engine step means for one request: the vocabulary of a token record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from engine.errors import ServerError
+
+
+class FinishCode(IntEnum):
+    """How a sequence ended; travels as one byte."""
+
+    NONE = 0
+    EOS = 1
+    STOP_TOKEN = 2
+    LENGTH = 3
+    ABORTED = 4  # never sent: whoever aborted knows
+    ERROR = 5  # the record's `error` byte holds ServerError.number
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One row of a token record."""
+
+    request_id: int
+    token: int  # -1: no token, see `error`
+    finish: FinishCode
+    error: type[ServerError] | None
+    queue_wait_us: int  # between the previous step of this request (or its arrival) and this one

@@ -1,0 +1,84 @@
+"""ZeroMQ sockets between our processes; the only module of this package that imports zmq.
+
+Every process makes its own context after the fork. Addresses are `ipc://` files in a private directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import zmq
+
+from engine.wire.codec import decode, encode
+from engine.wire.messages import Message
+
+# A child that dies wants its last words delivered, but not to hang on a parent that is gone.
+_LINGER_MS = 1000
+# Frames are small (ids travel on rings); anything larger is not ours. libzmq drops the peer.
+_MAX_FRAME_BYTES = 1 << 20
+
+
+class Channel:
+    """One socket that sends or receives whole messages without blocking."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        kind: int,  # zmq.PUSH, zmq.PULL or zmq.DEALER
+        address: str,
+        *,
+        bind: bool = False,
+        identity: str = "",  # how a ControlHub tells its peers apart
+    ) -> None:
+        self._socket = context.socket(kind)
+        if identity:
+            self._socket.setsockopt(zmq.IDENTITY, identity.encode())
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by admission, and dropping would lose a request
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self.address = address
+        if bind:
+            self._socket.bind(address)
+        else:
+            self._socket.connect(address)
+
+    def fileno(self) -> int:
+        """For select and event loops. Edge-triggered: after it fires, `receive` until it ends."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def send(self, message: Message) -> None:
+        self._socket.send(encode(message), zmq.DONTWAIT)
+
+    def receive(self) -> Iterator[Message]:
+        """Everything that has arrived. Raises WireError on a frame that is not a message."""
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+            yield decode(self._socket.recv(zmq.DONTWAIT))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class ControlHub:
+    """The parent's side of the control channel: one socket, children told apart by identity."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_FRAME_BYTES)
+        self._socket.bind(address)
+
+    def fileno(self) -> int:
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def send(self, identity: str, message: Message) -> None:
+        """To a child that has spoken before; a message to an unknown or dead child is dropped."""
+        self._socket.send_multipart([identity.encode(), encode(message)], zmq.DONTWAIT)
+
+    def receive(self) -> Iterator[tuple[str, Message]]:
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+            identity, frame = self._socket.recv_multipart(zmq.DONTWAIT)
+            yield identity.decode(), decode(frame)
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,92 @@
+"""Every message between processes. Few, frozen, and with units; knowing them is knowing the system.
+
+Arrays of numbers do not travel here but on the rings (ring.py, layout.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """endpoint -> leader. The prompt's ids lie on the prompt ring already, in the same order."""
+
+    request_id: int  # unique for the life of the daemon
+    num_prompt_tokens: int
+    priority: int  # 1 (first) .. 5 (last)
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """endpoint -> leader. No further rows are wanted for this request; unknown ids are fine."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady:
+    """leader -> endpoint, once: what this instance can take."""
+
+    instance: int
+    vocab_size: int
+    max_prompt_tokens: int
+    max_seq_len: int
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """leader -> endpoint, once a second while there is work, and once when it ends."""
+
+    instance: int
+    waiting: int
+    running: int
+    preemptions: int  # since start
+    free_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """worker -> parent -> endpoint: how far loading has come."""
+
+    instance: int
+    phase: str
+    fraction: float  # 0..1 of this phase
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """child -> parent: this process can serve."""
+
+    detail: str  # for the log
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """child -> parent, best effort before exit: why this process cannot go on."""
+
+    exit_code: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """parent -> endpoint: refuse new requests, let running ones end, then exit."""
+
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceDown:
+    """parent -> endpoint: this instance's leader is dead; end its requests with an error."""
+
+    instance: int
+    reason: str
+
+
+Message = Submit | Abort | EngineReady | EngineStats | Progress | Ready | Fatal | Drain | InstanceDown

@@ -1,0 +1,155 @@
+"""Messages survive the wire, rings keep order and never overwrite, records lie where they should."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import msgpack
+import numpy as np
+import pytest
+import zmq
+
+from engine.errors import EXIT_IPC, EngineFailed, StartupError
+from engine.outcome import FinishCode, Outcome
+from engine.sampling_params import SamplingParams
+from engine.wire import layout
+from engine.wire import messages as m
+from engine.wire.channel import Channel, ControlHub
+from engine.wire.codec import WireError, decode, encode
+from engine.wire.ring import RingReader, RingWriter, create_ring
+
+_SAMPLES: dict[str, object] = {"int": 7, "float": 0.25, "str": "word", "SamplingParams": SamplingParams(
+    9, temperature=0.5, seed=2**64 - 1, stop_token_ids=(3, 4))}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", get_args(m.Message), ids=lambda cls: cls.__name__)
+def test_every_message_survives_the_wire(cls: type[m.Message]) -> None:
+    message = cls(*(_SAMPLES[str(field.type)] for field in fields(cls)))
+    assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize("frame", [b"", b"\xc1", msgpack.packb([99]), msgpack.packb([1, 2]), msgpack.packb({"a": 1})])
+def test_anything_else_is_refused(frame: bytes) -> None:
+    with pytest.raises(WireError):
+        decode(frame)
+
+
+def test_channels_deliver_in_order(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    address = f"ipc://{tmp_path}/cmd"
+    pull = Channel(context, zmq.PULL, address, bind=True)
+    push = Channel(context, zmq.PUSH, address)
+    for number in range(500):
+        push.send(m.Abort(number))
+    got: list[m.Message] = []
+    while len(got) < 500:
+        got.extend(pull.receive())
+    assert got == [m.Abort(number) for number in range(500)]
+    push.close()
+    pull.close()
+    context.term()
+
+
+def test_the_hub_tells_children_apart(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    hub = ControlHub(context, f"ipc://{tmp_path}/ctl")
+    child = Channel(context, zmq.DEALER, f"ipc://{tmp_path}/ctl", identity="worker.0.0")
+    child.send(m.Ready("here"))
+    got: list[tuple[str, m.Message]] = []
+    while not got:
+        got.extend(hub.receive())
+    assert got == [("worker.0.0", m.Ready("here"))]
+    hub.send("worker.0.0", m.Drain(1.5))
+    hub.send("nobody", m.Drain(1.5))  # dropped, no error
+    answers: list[m.Message] = []
+    while not answers:
+        answers.extend(child.receive())
+    assert answers == [m.Drain(1.5)]
+    child.close()
+    hub.close()
+    context.term()
+
+
+def _name() -> str:
+    return f"mindie_test_{os.getpid()}_{random.getrandbits(64):x}"
+
+
+def test_a_ring_keeps_order_and_refuses_when_full() -> None:
+    ring = create_ring(_name(), slots=4, slot_bytes=64)
+    writer, reader = RingWriter(ring), RingReader(ring)
+    rng = random.Random(1)
+    sent = received = 0
+    while received < 2000:
+        if rng.random() < 0.5:
+            slot = writer.reserve()
+            assert (slot is None) == (sent - received == 4)
+            if slot is not None:
+                slot[:8] = sent.to_bytes(8, "little")
+                writer.commit()
+                sent += 1
+        else:
+            view = reader.take()
+            assert (view is None) == (sent == received)
+            if view is not None:
+                assert int.from_bytes(view[:8], "little") == received
+                reader.release()
+                received += 1
+
+
+def test_a_ring_crosses_a_fork_and_leaves_nothing_in_shm() -> None:
+    before = set(os.listdir("/dev/shm"))
+    ring = create_ring(_name(), slots=2, slot_bytes=32)
+    assert set(os.listdir("/dev/shm")) == before
+    pid = os.fork()
+    if pid == 0:
+        writer = RingWriter(ring)
+        for number in range(100):
+            while (slot := writer.reserve()) is None:
+                writer.wait_free(1.0)
+            slot[0] = number
+            writer.commit()
+        os._exit(0)
+    reader = RingReader(ring)
+    got = []
+    while len(got) < 100:
+        view = reader.take()
+        if view is not None:
+            got.append(view[0])
+            reader.release()
+    assert got == list(range(100))
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_ring_that_cannot_fit_is_refused_with_numbers() -> None:
+    size = 1 << 50
+    with pytest.raises(StartupError, match=r"/dev/shm: \d+ MiB needed .* \d+ MiB free .*--shm-size") as caught:
+        create_ring(_name(), slots=1, slot_bytes=size)
+    assert caught.value.exit_code == EXIT_IPC
+
+
+def test_prompt_and_token_records_round_trip() -> None:
+    slot = memoryview(bytearray(layout.prompt_slot_bytes(5)))
+    layout.write_prompt(slot, 2**63 + 5, np.array([1, -2, 3, 4, 5], np.int32))
+    request_id, ids = layout.read_prompt(slot)
+    assert request_id == 2**63 + 5 and ids.tolist() == [1, -2, 3, 4, 5]
+
+    outcomes = [
+        Outcome(1, 42, FinishCode.NONE, None, 17),
+        Outcome(2**63, -1, FinishCode.ERROR, EngineFailed, 2**40),
+    ]
+    slot = memoryview(bytearray(layout.TOKEN_SLOT_BYTES))
+    layout.write_tokens(slot, 3, 2, 1500, outcomes)
+    batch_size, rows = layout.read_tokens(slot)
+    assert batch_size == 2
+    assert rows == [(1, 42, 17, 0, 0), (2**63, -1, 2**32 - 1, FinishCode.ERROR, EngineFailed.number)]
+
+
+def test_a_step_larger_than_a_slot_is_cut_without_loss() -> None:
+    outcomes = [Outcome(i, i, FinishCode.NONE, None, 0) for i in range(layout.ROWS_PER_SLOT * 2 + 3)]
+    pieces = list(layout.token_records(outcomes))
+    assert [len(piece) for piece in pieces] == [layout.ROWS_PER_SLOT, layout.ROWS_PER_SLOT, 3]
+    assert [o for piece in pieces for o in piece] == outcomes
