@@ -112,10 +112,10 @@ class Reply(Protocol):
     def frame(self, step: TokenStep) -> bytes:
         """One complete frame for a step; `step.finish` marks the last. b"" sends nothing."""
 
-    def tail(self) -> bytes:
-        """What follows the final frame in the same write (include_usage frame, [DONE]); b"" for none."""
+    def tail(self) -> Sequence[bytes]:
+        """What follows the final frame at once (include_usage frame, [DONE]), one frame per element."""
 
-    def error_frame(self, error: ServerError) -> bytes:
+    def error_frames(self, error: ServerError) -> Sequence[bytes]:
         """The frames that end a stream which has already begun."""
 
     def result(self, completion: Completion) -> bytes:

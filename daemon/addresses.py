@@ -1,0 +1,84 @@
+"""Binding the planes' addresses before anything expensive happens, with an error that says who is there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Sequence
+
+import psutil
+
+from engine.errors import EXIT_ADDRESS, StartupError
+from engine.settings import Listener
+
+_KEYS = {
+    "business": "ServerConfig.ipAddress/port",
+    "management": "ServerConfig.managementIpAddress/managementPort",
+    "metrics": "ServerConfig.managementIpAddress/metricsPort",
+}
+
+
+def bind_listeners(listeners: Sequence[Listener]) -> list[socket.socket]:
+    """Bind every address without listening: clients are refused until the service is ready.
+
+    Raises StartupError (exit 3) that names every address that cannot be had, and closes the others.
+    """
+    sockets: list[socket.socket] = []
+    problems: list[str] = []
+    for listener in listeners:
+        try:
+            sockets.append(_bind(listener))
+        except OSError as error:
+            problems.append(_explain(listener, error))
+    if problems:
+        for bound in sockets:
+            bound.close()
+        raise StartupError("; ".join(problems), EXIT_ADDRESS)
+    return sockets
+
+
+def _bind(listener: Listener) -> socket.socket:
+    family = socket.AF_INET6 if ":" in listener.address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        try:
+            # Without SO_REUSEADDR, so that a second daemon sees us even before we listen.
+            sock.bind((listener.address, listener.port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            # Perhaps only connections in TIME_WAIT; a live listener makes this fail again.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((listener.address, listener.port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _explain(listener: Listener, error: OSError) -> str:
+    planes = "+".join(listener.planes)
+    owner = ""
+    if error.errno == errno.EADDRINUSE:
+        pid = _owner(listener)
+        owner = f" by pid {pid}" if pid else ""
+    keys = ", ".join(_KEYS[plane] for plane in listener.planes)
+    return (
+        f"{planes} plane: cannot bind {listener.address}:{listener.port}: {os.strerror(error.errno or 0)}{owner}; "
+        f"stop that process or change {keys}"
+    )
+
+
+def _owner(listener: Listener) -> int | None:
+    """The process that listens there, as far as we may see it."""
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.Error:
+        return None
+    for connection in connections:
+        address = connection.laddr
+        if connection.status == psutil.CONN_LISTEN and address and address.port == listener.port:
+            if address.ip in (listener.address, "0.0.0.0", "::"):
+                return connection.pid
+    return None

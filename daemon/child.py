@@ -1,0 +1,79 @@
+"""What a child does between fork and its work: a fixed list, so that one can read what it inherits."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+import zmq
+
+from daemon.title import set_process_name
+from engine.errors import EXIT_INIT, StartupError
+from engine.wire.links import ControlLink
+from engine.wire.messages import Fatal
+
+log = logging.getLogger("server.child")
+
+_PR_SET_PDEATHSIG = 1
+
+
+def run_child(parent_pid: int, lifeline_fd: int, control: ControlLink, entry: Callable[[], int]) -> NoReturn:
+    """Become a child of `parent_pid` and end with the entry's exit code. Call it right after fork."""
+    code = EXIT_INIT
+    try:
+        _die_with_parent(parent_pid, lifeline_fd)
+        _reset_signals()
+        faulthandler.enable()
+        random.seed()
+        set_process_name()
+        code = entry()
+    except StartupError as error:
+        code = error.exit_code
+        _last_words(control, code, str(error))
+    except BaseException as error:  # the outermost loop of this process: report, then die
+        log.exception("%s failed", control.identity)
+        _last_words(control, code, f"{type(error).__name__}: {error}".splitlines()[0])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # not sys.exit: the parent's atexit handlers and buffers are not ours to run
+        os._exit(code)
+
+
+def _die_with_parent(parent_pid: int, lifeline_fd: int) -> None:
+    """SIGKILL from the kernel when the parent dies; a thread on the lifeline pipe as the second strap."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(EXIT_INIT)
+
+    def wait_for_end_of_file() -> None:
+        os.read(lifeline_fd, 1)  # the parent never writes
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait_for_end_of_file, name="lifeline", daemon=True).start()
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # Ctrl+C reaches the whole foreground group; the parent alone conducts the stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _last_words(control: ControlLink, code: int, reason: str) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    channel = control.open(context)
+    channel.send(Fatal(code, reason))
+    channel.close()
+    context.term()  # waits for delivery, at most the channel's linger time

@@ -1,0 +1,306 @@
+"""config.json -> frozen slices, with every mistake reported at once.
+
+Stages: file, JSON, types and ranges, rules between values, files on disk. A later stage looks at what the
+earlier ones accepted, so one run lists all there is to mend.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from daemon.config_files import FILE_MODE, Permissions, find_model, find_tls_files
+from daemon.config_json import FILE_DEPTH, VALUE_DEPTH, parse_json
+from daemon.config_report import ConfigError, Report
+from daemon.config_rules import check_rules, server_addresses, server_ports
+from daemon.config_schema import BACKEND, DEPLOY, MODEL, RUNTIME, SCHEDULE, SERVER
+from daemon.config_values import Values, read_values
+from daemon.listeners import merge_planes
+from daemon.log_settings import read_log_settings
+from engine.settings import (
+    EndpointSettings,
+    Listener,
+    ModelSettings,
+    ScheduleSettings,
+    ServerSettings,
+)
+
+_MAX_FILE_BYTES = 10 * 1024 * 1024
+_RAISED_TOKEN_TIMEOUT_S = 3600
+_RAISED_E2E_TIMEOUT_S = 65535
+
+
+def load_settings(config_file: Path | None, environ: Mapping[str, str], executable: Path) -> ServerSettings:
+    """Find, read and judge config.json. Raises ConfigError with every finding."""
+    root = installation_root(environ, executable)
+    source, path = _locate(config_file, environ, root)
+    report = Report()
+    permissions = Permissions(environ, report)
+    document = _read_document(source, path, permissions, report)
+    if document is None:
+        raise ConfigError(report.findings, path)
+    _apply_environment(document, environ, report)
+    values = read_values(document, report)
+    check_rules(values, report)
+    memory_fraction = _memory_fraction(environ, report)
+    listeners = _listeners(root, values, permissions, report)
+    weight_path = Path()
+    if values.has(f"{MODEL}.modelWeightPath"):
+        weight_path = find_model(root, values, permissions, report)
+    if report.findings:
+        raise ConfigError(report.findings, path)
+
+    log, log_warnings = read_log_settings(document.get("LogConfig"))
+    report.warnings += log_warnings
+    _remark(document, listeners, report)
+    ipc_dir = values.text(f"{RUNTIME}.ipcDir")
+    return ServerSettings(
+        root=root,
+        config_file=path,
+        endpoint=_endpoint(values, listeners, environ, report),
+        schedule=_schedule(values, report),
+        model=_model(values, weight_path, memory_fraction),
+        log=log,
+        device_ids=tuple(tuple(ids) for ids in values.raw(f"{BACKEND}.npuDeviceIds")),
+        worker_init_timeout_s=values.integer(f"{RUNTIME}.workerInitTimeoutSec"),
+        graceful_stop_timeout_s=values.integer(f"{RUNTIME}.gracefulStopTimeoutSec"),
+        ipc_dir=root / ipc_dir if ipc_dir else None,
+        warnings=tuple(report.warnings),
+    )
+
+
+# --- file ------------------------------------------------------------------------------------------------
+
+
+def installation_root(environ: Mapping[str, str], executable: Path) -> Path:
+    """What relative paths of the configuration are relative to. `executable` lies in the root's bin/."""
+    named = environ.get("MINDIE_LLM_HOME_PATH") or environ.get("MIES_INSTALL_PATH")
+    return Path(named).absolute() if named else executable.resolve().parent.parent
+
+
+def _locate(config_file: Path | None, environ: Mapping[str, str], root: Path) -> tuple[str, Path]:
+    """What named the file, and the file. The first candidate that is set wins, even when it is broken."""
+    if config_file is not None:
+        return "--config-file", config_file.absolute()
+    if environ.get("MIES_CONFIG_JSON_PATH"):
+        return "MIES_CONFIG_JSON_PATH", Path(environ["MIES_CONFIG_JSON_PATH"]).absolute()
+    installed = root / "conf" / "config.json"
+    for variable in ("MINDIE_LLM_HOME_PATH", "MIES_INSTALL_PATH"):
+        if environ.get(variable):
+            return variable, installed
+    in_tree = root / "config.json"
+    return "config.json", in_tree if in_tree.exists() and not installed.exists() else installed
+
+
+def _read_document(source: str, path: Path, permissions: Permissions, report: Report) -> dict[str, Any] | None:
+    """The parsed file; None with findings when it cannot be read or is not strict JSON."""
+    allowed = "a readable regular file of 1 byte to 10 MB"
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            report.refuse(source, str(path), "not a regular file", allowed)
+            return None
+        if not 0 < info.st_size <= _MAX_FILE_BYTES:
+            report.refuse(source, str(path), f"{info.st_size} bytes long", allowed)
+            return None
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        report.refuse(source, str(path), f"not UTF-8: {error.reason} at byte {error.start}", "UTF-8 text")
+        return None
+    except OSError as error:
+        report.refuse(source, str(path), f"cannot be read: {error.strerror}", allowed)
+        return None
+    permissions.check(source, str(path), path, FILE_MODE)
+    document, faults = parse_json(text, FILE_DEPTH)
+    for where, wrong in faults:
+        report.refuse(where or source, str(path), wrong, "strict JSON")
+    if faults:
+        return None
+    if not isinstance(document, dict):
+        report.refuse(source, str(path), "holds no JSON object", "a JSON object")
+        return None
+    return document
+
+
+# --- environment -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Override:
+    variable: str
+    section: str
+    key: str
+    is_json: bool = False
+
+
+_OVERRIDES = (
+    _Override("MIES_CONTAINER_IP", SERVER, "ipAddress"),
+    _Override("MIES_CONTAINER_MANAGEMENT_IP", SERVER, "managementIpAddress"),
+    _Override("NPU_DEVICE_IDS", BACKEND, "npuDeviceIds", is_json=True),
+    _Override("MINDIE_DEVICE_TYPE", RUNTIME, "deviceType"),
+)
+
+
+def _apply_environment(document: dict[str, Any], environ: Mapping[str, str], report: Report) -> None:
+    """Write overriding variables over the keys they replace, so that they are validated like the keys."""
+    for override in _OVERRIDES:
+        text = environ.get(override.variable)
+        if not text:
+            continue
+        value: Any = text
+        if override.is_json:
+            value, faults = parse_json(text, VALUE_DEPTH)
+            if faults:
+                report.refuse(override.variable, text, faults[0][1], "a JSON list of lists of device ids")
+                continue
+        section = _section_to_override(document, override.section)
+        if section is not None:
+            section[override.key] = value
+            path = f"{override.section}.{override.key}"
+            report.came_from(path, override.variable)
+            report.warn(f"{path}={text} taken from environment variable {override.variable}")
+
+
+def _section_to_override(document: dict[str, Any], path: str) -> dict[str, Any] | None:
+    """The section's members; only runtimeConfig, which may be absent, is made when missing."""
+    section: Any = document
+    for name in path.split("."):
+        if path == RUNTIME and name == "runtimeConfig" and isinstance(section, dict):
+            section.setdefault(name, {})
+        section = section.get(name) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else None
+
+
+def _memory_fraction(environ: Mapping[str, str], report: Report) -> float:
+    text = environ.get("NPU_MEMORY_FRACTION") or "0.8"
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0.0 < fraction <= 1.0:
+        report.refuse("NPU_MEMORY_FRACTION", text, "not a usable share of the device memory", "(0, 1]")
+    return fraction
+
+
+# --- slices ----------------------------------------------------------------------------------------------
+
+
+def _listeners(root: Path, values: Values, permissions: Permissions, report: Report) -> tuple[Listener, ...]:
+    """Empty when a key they depend on has a finding."""
+    names = ("ipAddress", "managementIpAddress", "port", "managementPort", "metricsPort", "httpsEnabled")
+    if not values.has(*(f"{SERVER}.{name}" for name in names)):
+        return ()
+    https = values.flag(f"{SERVER}.httpsEnabled")
+    return tuple(
+        Listener(
+            planes,
+            address,
+            port,
+            find_tls_files(planes[0], root, values, permissions, report) if https else None,
+        )
+        for planes, address, port in merge_planes(*server_addresses(values), *server_ports(values)) or ()
+    )
+
+
+def _remark(document: Mapping[str, Any], listeners: tuple[Listener, ...], report: Report) -> None:
+    """Things that are allowed and still deserve a line in the log."""
+    if document.get("Version") != "1.0.0":
+        report.warn(f'Version={document.get("Version")!r}: expected "1.0.0"; read as if it were')
+    if any(listener.tls is None for listener in listeners):
+        report.warn(f"{SERVER}.httpsEnabled=false: security: requests and answers travel unencrypted")
+    by_plane = {listener.planes[0]: listener.tls for listener in listeners if listener.tls}
+    business, management = by_plane.get("business"), by_plane.get("management")
+    if business and management and business.cert_file == management.cert_file:
+        report.warn(f"{SERVER}.managementTlsCert is the business certificate; separate sets are recommended")
+
+
+def _endpoint(
+    values: Values, listeners: tuple[Listener, ...], environ: Mapping[str, str], report: Report
+) -> EndpointSettings:
+    token_timeout = values.integer(f"{SERVER}.tokenTimeout")
+    e2e_timeout = values.integer(f"{SERVER}.e2eTimeout")
+    if values.flag("EnableDynamicAdjustTimeoutConfig"):
+        token_timeout, e2e_timeout = _RAISED_TOKEN_TIMEOUT_S, _RAISED_E2E_TIMEOUT_S
+        report.warn(
+            f"EnableDynamicAdjustTimeoutConfig=true: tokenTimeout is {token_timeout} s, e2eTimeout {e2e_timeout} s"
+        )
+    return EndpointSettings(
+        listeners=listeners,
+        max_link_num=values.integer(f"{SERVER}.maxLinkNum"),
+        max_request_bytes=values.integer(f"{SERVER}.maxRequestLength") * 1024 * 1024,
+        max_json_depth=values.integer(f"{SERVER}.maxJsonDepth"),
+        full_text=values.flag(f"{SERVER}.fullTextEnabled"),
+        openai_flavour="vllm" if values.text(f"{SERVER}.openAiSupport") == "vllm" else "openai",
+        token_timeout_s=token_timeout,
+        e2e_timeout_s=e2e_timeout,
+        tokenizer_threads=values.integer(f"{BACKEND}.tokenizerProcessNumber"),
+        metrics_enabled=environ.get("MIES_SERVICE_MONITOR_MODE") != "0",
+    )
+
+
+def _schedule(values: Values, report: Report) -> ScheduleSettings:
+    """The scheduler's limits after the silent adjustments, each of which leaves one line in the log."""
+
+    def number(key: str) -> int:
+        return values.integer(f"{SCHEDULE}.{key}")
+
+    def adjusted(key: str, value: int, why: str) -> int:
+        report.warn(f"{SCHEDULE}.{key}={number(key)}: {value} is used, {why}")
+        return value
+
+    max_seq_len = values.integer(f"{DEPLOY}.maxSeqLen")
+    max_input = values.integer(f"{DEPLOY}.maxInputTokenLen")
+    prefill_tokens, batch = number("maxPrefillTokens"), number("maxBatchSize")
+    recomputed = min(max_seq_len, max_input + number("maxIterTimes"))
+    if prefill_tokens < recomputed:
+        prefill_tokens = adjusted("maxPrefillTokens", recomputed, "so that a recomputed sequence fits one prefill")
+    if batch > prefill_tokens:
+        batch = adjusted("maxBatchSize", prefill_tokens, "the number of tokens in a prefill step")
+    prefill_batch = number("maxPrefillBatchSize")
+    if not 0 < prefill_batch <= batch:
+        prefill_batch = adjusted("maxPrefillBatchSize", batch, "the value of maxBatchSize")
+    max_n = values.maybe_integer(f"{SCHEDULE}.maxN") or min(128, batch)
+    if max_n > batch:
+        max_n = adjusted("maxN", batch, "the value of maxBatchSize")
+    return ScheduleSettings(
+        block_size=number("cacheBlockSize"),
+        max_prefill_batch_size=prefill_batch,
+        max_prefill_tokens=prefill_tokens,
+        max_batch_size=batch,
+        max_iter_times=number("maxIterTimes"),
+        max_queue_delay_us=number("maxQueueDelayMicroseconds"),
+        max_first_token_wait_ms=number("maxFirstTokenWaitTime"),
+        max_n=max_n,
+        max_seq_len=max_seq_len,
+        max_input_len=min(max_input, max_seq_len - 1),
+        truncation=_truncation(values.raw(f"{DEPLOY}.truncation")),
+    )
+
+
+def _truncation(value: bool | int) -> Literal["off", "keep_head", "keep_tail"]:
+    if value is True or value == -1:
+        return "keep_head"
+    return "keep_tail" if value == 1 else "off"
+
+
+def _model(values: Values, weight_path: Path, memory_fraction: float) -> ModelSettings:
+    return ModelSettings(
+        name=values.text(f"{MODEL}.modelName"),
+        weight_path=weight_path,
+        instance_type="Standard",
+        device_type=cast(Literal["auto", "npu", "cuda", "cpu"], values.text(f"{RUNTIME}.deviceType")),
+        dtype=cast(Literal["auto", "float32", "bfloat16", "float16"], values.text(f"{RUNTIME}.dtype")),
+        kv_cache_gib=values.integer(f"{MODEL}.npuMemSize"),
+        kv_cache_mib=values.integer(f"{RUNTIME}.kvCacheMemMiB"),
+        kv_block_num=values.integer(f"{RUNTIME}.kvCacheBlockNum"),
+        memory_fraction=memory_fraction,
+        cpu_threads=values.integer(f"{RUNTIME}.cpuThreads"),
+        trust_remote_code=values.flag(f"{MODEL}.trustRemoteCode"),
+        ignore_eos=values.flag(f"{MODEL}.ignore_eos"),
+        world_size=values.integer(f"{MODEL}.worldSize"),
+        cpu_mem_gib=values.integer(f"{MODEL}.cpuMemSize"),
+    )

@@ -1,0 +1,258 @@
+"""What the configuration needs on disk: certificates, the model directory, and who may read them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shlex
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from daemon.config_report import Report
+from daemon.config_schema import DEPLOY, MODEL, SERVER
+from daemon.config_values import Values
+from engine.settings import Plane, TlsFiles
+
+PERMISSION_VARIABLE = "MINDIE_CHECK_INPUTFILES_PERMISSION"
+FILE_MODE = 0o640
+DIRECTORY_MODE = 0o750
+SECRET_MODE = 0o600
+
+TLS_PREFIX: dict[Plane, str] = {"business": "tls", "management": "managementTls", "metrics": "metricsTls"}
+
+
+class Permissions:
+    """Who may own and read which file. Secrets refuse, anything else warns, unless the environment says otherwise."""
+
+    def __init__(self, environ: Mapping[str, str], report: Report) -> None:
+        self._strict = environ.get(PERMISSION_VARIABLE) == "1"
+        self._off = environ.get(PERMISSION_VARIABLE) == "0"
+        self._report = report
+        if environ.get(PERMISSION_VARIABLE) not in (None, "", "0", "1"):
+            report.warn(f"{PERMISSION_VARIABLE}={environ[PERMISSION_VARIABLE]}: neither 0 nor 1, ignored")
+
+    def check(self, key: str, value: object, path: Path, limit: int, secret: bool = False) -> None:
+        """Report `path` when its mode is wider than `limit` or it belongs to somebody else.
+
+        A directory is judged together with the files in it, which may be as wide as `limit` without the x bits.
+        """
+        if self._off:
+            return
+        problems = _mode_problems(path, limit) + _owner_problems(path)
+        for wrong, command in problems:
+            if secret or self._strict:
+                limits = f"mode {limit:04o} or tighter, owner uid {os.geteuid()}"
+                self._report.refuse(key, value, f"{wrong}; run: {command}", limits)
+            else:
+                self._report.warn(f"{key}={path}: {wrong}; run: {command}")
+
+
+def _mode_problems(path: Path, limit: int) -> list[tuple[str, str]]:
+    info = path.stat()
+    if not stat.S_ISDIR(info.st_mode):
+        mode = info.st_mode & 0o777
+        if mode & ~limit:
+            return [(f"mode {mode:04o} is wider than {limit:04o}", f"chmod {limit:04o} {shlex.quote(str(path))}")]
+        return []
+    wide = [name for name, mode in _modes_inside(path) if mode & ~(limit & 0o666)]
+    mode = info.st_mode & 0o777
+    if mode & ~limit or wide:
+        what = f"mode {mode:04o}" if mode & ~limit else f"mode of {', '.join(sorted(wide)[:3])}"
+        command = f"chmod -R u=rwX,g=rX,o= {shlex.quote(str(path))}"
+        return [(f"{what} is wider than {limit:04o} for the directory, {limit & 0o666:04o} for its files", command)]
+    return []
+
+
+def _modes_inside(directory: Path) -> list[tuple[str, int]]:
+    """Names and permission bits of the regular files directly inside."""
+    with os.scandir(directory) as entries:
+        return [(entry.name, entry.stat().st_mode & 0o777) for entry in entries if entry.is_file()]
+
+
+def _owner_problems(path: Path) -> list[tuple[str, str]]:
+    owner, wanted = path.stat().st_uid, os.geteuid()
+    if owner == wanted:
+        return []
+    option = "-R " if path.is_dir() else ""
+    return [(f"belongs to uid {owner}, not {wanted}", f"chown {option}{wanted} {shlex.quote(str(path))}")]
+
+
+# --- certificates ----------------------------------------------------------------------------------------
+
+
+def find_tls_files(plane: Plane, root: Path, values: Values, permissions: Permissions, report: Report) -> TlsFiles | None:
+    """The certificate set of a listener whose first plane is `plane`; None when a finding was added.
+
+    Only presence, place and permissions are judged here; what the files hold is judged in endpoint/tls.py.
+    """
+    before = len(report.findings)
+    prefix = f"{SERVER}.{TLS_PREFIX[plane]}"
+    place = _SecuredFiles(root, permissions, report)
+    ca_files = place.many(f"{SERVER}.tlsCaPath", f"{prefix}CaFile", values)
+    certificate = place.one(f"{prefix}Cert", values)
+    key = place.one(f"{prefix}Pk", values, secret=True)
+    password = None
+    if values.has(f"{prefix}PkPwd") and values.text(f"{prefix}PkPwd"):
+        password = place.one(f"{prefix}PkPwd", values, secret=True)
+    crl_files: tuple[Path, ...] = ()
+    wants_crl = all(values.has(path) and values.raw(path) for path in (f"{prefix}CrlPath", f"{prefix}CrlFiles"))
+    if wants_crl:
+        hint = f', or set {prefix}CrlFiles to [] to disable revocation checks'
+        crl_files = place.many(f"{prefix}CrlPath", f"{prefix}CrlFiles", values, hint)
+    if certificate is None or key is None or len(report.findings) > before:
+        return None
+    return TlsFiles(ca_files, certificate, key, password, crl_files)
+
+
+class _SecuredFiles:
+    """Files named by the HTTPS keys: below the installation root, and not reached through a symbolic link."""
+
+    def __init__(self, root: Path, permissions: Permissions, report: Report) -> None:
+        self._root = root.resolve()
+        self._permissions = permissions
+        self._report = report
+
+    def one(self, key: str, values: Values, secret: bool = False) -> Path | None:
+        if not self._given(key, values):
+            return None
+        return self._check(key, values.text(key), values.text(key), secret, "")
+
+    def many(self, directory_key: str, names_key: str, values: Values, hint: str = "") -> tuple[Path, ...]:
+        """Every file of the list `names_key` in the directory `directory_key`."""
+        given = [self._given(key, values) for key in (directory_key, names_key)]
+        if not all(given):
+            return ()
+        paths = (
+            self._check(f"{names_key}[{index}]", name, f"{values.text(directory_key)}/{name}", False, hint)
+            for index, name in enumerate(values.raw(names_key))
+        )
+        return tuple(path for path in paths if path is not None)
+
+    def _given(self, key: str, values: Values) -> bool:
+        if not values.has(key):
+            return False  # has a finding of its own already
+        if values.raw(key) is None:
+            self._report.absent(key, f"a path below {self._root}, or set {SERVER}.httpsEnabled=false")
+            return False
+        return True
+
+    def _check(self, key: str, value: str, relative: str, secret: bool, hint: str) -> Path | None:
+        path = Path(os.path.normpath(f"{self._root}/{relative}"))
+        wrong = self._fault(path)
+        if wrong:
+            allowed = f"a readable file below {self._root}, or set {SERVER}.httpsEnabled=false{hint}"
+            self._report.refuse(key, value, wrong, allowed)
+            return None
+        self._permissions.check(key, value, path, SECRET_MODE if secret else FILE_MODE, secret)
+        return path
+
+    def _fault(self, path: Path) -> str | None:
+        if not path.is_relative_to(self._root):
+            return f"{path} lies outside of the installation root"
+        steps = [path, *path.parents][: len(path.parts) - len(self._root.parts)]
+        link = next((step for step in reversed(steps) if step.is_symlink()), None)
+        if link is not None:
+            return f"{link} is a symbolic link"
+        if not path.exists():
+            return f"no such file: {path}"
+        if not path.is_file():
+            return f"not a regular file: {path}"
+        return None if os.access(path, os.R_OK) else f"cannot be read: {path}"
+
+
+# --- model directory -------------------------------------------------------------------------------------
+
+_WEIGHT_PATH = f"{MODEL}.modelWeightPath"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def find_model(root: Path, values: Values, permissions: Permissions, report: Report) -> Path:
+    """The model directory, absolute. Everything wrong with it becomes a finding."""
+    given = values.text(_WEIGHT_PATH)
+    path = root / given  # an absolute path replaces the root
+    allowed = "a directory with config.json, tokenizer.json and *.safetensors"
+    if not path.is_dir():
+        wrong = f"not a directory: {path}" if path.exists() else f"no such directory: {path}{_nearest(path)}"
+        report.refuse(_WEIGHT_PATH, given, wrong, allowed)
+        return path
+    if not os.access(path, os.R_OK | os.X_OK):
+        wrong = f"cannot be read: {path}; run: chmod u+rx {shlex.quote(str(path))}"
+        report.refuse(_WEIGHT_PATH, given, wrong, allowed)
+        return path
+    permissions.check(_WEIGHT_PATH, given, path, DIRECTORY_MODE)
+    names = sorted(entry.name for entry in path.iterdir())
+    for wrong in [*_tokenizer_faults(path, names), *_weight_faults(path, names)]:
+        report.refuse(_WEIGHT_PATH, given, wrong, allowed)
+    _check_model_config(path, given, values, report)
+    return path
+
+
+def _nearest(path: Path) -> str:
+    try:
+        siblings = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, siblings, 1)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""
+
+
+def _tokenizer_faults(path: Path, names: list[str]) -> list[str]:
+    file = path / "tokenizer.json"
+    if "tokenizer.json" not in names:
+        close = difflib.get_close_matches("tokenizer.json", names, 1, 0.7)
+        return [f"no tokenizer.json in {path}" + (f" (there is {close[0]})" if close else "")]
+    return [] if os.access(file, os.R_OK) else [f"cannot be read: {file}"]
+
+
+def _weight_faults(path: Path, names: list[str]) -> list[str]:
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        return [f"cannot be read: {path / name}" for name in shards if not os.access(path / name, os.R_OK)]
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    if pickled:
+        return [
+            f"only pickled weights ({', '.join(pickled[:3])}) in {path}, which can run code when loaded; "
+            "convert them to safetensors"
+        ]
+    return [f"no *.safetensors file in {path}"]
+
+
+def _check_model_config(path: Path, given: str, values: Values, report: Report) -> None:
+    file = path / "config.json"
+    allowed = f"a model's config.json in {path}"
+    try:
+        config: Any = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        report.refuse(_WEIGHT_PATH, given, f"no such file: {file}", allowed)
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        report.refuse(_WEIGHT_PATH, given, f"cannot be read: {file}: {error}", allowed)
+        return
+    if not isinstance(config, dict):
+        report.refuse(_WEIGHT_PATH, given, f"{file} holds no JSON object", allowed)
+        return
+    for wrong in _model_config_faults(config):
+        report.refuse(_WEIGHT_PATH, given, f"{file}: {wrong}", allowed)
+    longest, seq_len = config.get("max_position_embeddings"), f"{DEPLOY}.maxSeqLen"
+    if isinstance(longest, int) and values.has(seq_len) and values.integer(seq_len) > longest:
+        report.warn(
+            f"{seq_len}={values.integer(seq_len)}: longer than the model's max_position_embeddings={longest}; "
+            "texts beyond that lose accuracy"
+        )
+
+
+def _model_config_faults(config: Mapping[str, Any]) -> list[str]:
+    faults = []
+    if not isinstance(config.get("model_type"), str):
+        faults.append('no string "model_type"')
+    vocab_size = config.get("vocab_size", config.get("padded_vocab_size"))
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        faults.append('no positive "vocab_size"')
+    if not isinstance(config.get("torch_dtype", config.get("dtype")), str):
+        faults.append('no string "torch_dtype"')
+    if config.get("quantize") or config.get("quantization_config"):
+        faults.append("quantised weights are not supported by this build")
+    return faults

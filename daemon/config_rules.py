@@ -1,0 +1,353 @@
+"""What values have to be to each other, and what this build cannot do yet.
+
+A rule runs only when every value it needs was accepted, so one mistake is not reported twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from daemon.config_json import VALUE_DEPTH, parse_json
+from daemon.config_report import Report, shown
+from daemon.config_schema import BACKEND, DEPLOY, KV_POOL, MODEL, RUNTIME, SCHEDULE, SERVER, U32_MAX, parse_address
+from daemon.config_values import Values
+from daemon.listeners import merge_planes
+
+PLUGIN_PARAMS = f"{MODEL}.plugin_params"
+_MAX_INPUT = f"{DEPLOY}.maxInputTokenLen"
+_MAX_SEQ = f"{DEPLOY}.maxSeqLen"
+_PREFILL_TOKENS = f"{SCHEDULE}.maxPrefillTokens"
+_MAX_BATCH = f"{SCHEDULE}.maxBatchSize"
+_DEVICES = f"{BACKEND}.npuDeviceIds"
+_WORLD = f"{MODEL}.worldSize"
+_TEMPLATE = f"{SCHEDULE}.templateType"
+_SPEED_PLUGINS = ("prefix_cache", "splitfuse")  # change speed, never results
+_RESULT_PLUGINS = ("la", "memory_decoding", "mtp")
+
+
+class Rule(NamedTuple):
+    needs: tuple[str, ...]
+    check: Callable[[Values, Report], None]
+
+
+def check_rules(values: Values, report: Report) -> None:
+    _read_plugins(values, report)
+    for rule in RULES:
+        if values.has(*rule.needs):
+            rule.check(values, report)
+    for unsupported in UNSUPPORTED:
+        if values.has(unsupported.path):
+            unsupported.check(values, report)
+    for path, neutral, note in WITHOUT_EFFECT:
+        if values.has(path) and values.raw(path) not in neutral:
+            report.warn(f"{path}={shown(values.raw(path))}: {note}")
+
+
+# --- plugin_params ---------------------------------------------------------------------------------------
+
+
+def _read_plugins(values: Values, report: Report) -> None:
+    """Replace plugin_params by the tuple of its plugin names, or drop it with a finding."""
+    if not values.has(PLUGIN_PARAMS):
+        return
+    given = values.raw(PLUGIN_PARAMS)
+    values.drop(PLUGIN_PARAMS)
+    allowed = 'a JSON object like {"plugin_type":"prefix_cache"}, at most 1024 characters'
+    if given in ("", {}):
+        values.put(PLUGIN_PARAMS, ())
+        return
+    if isinstance(given, str):
+        if len(given) > 1024:
+            report.refuse(PLUGIN_PARAMS, given, f"{len(given)} characters long", allowed)
+            return
+        params, faults = parse_json(given, VALUE_DEPTH)
+    else:
+        params, faults = given, []
+    if faults:
+        wrong = "; ".join(f"{path}: {fault}" if path else fault for path, fault in faults)
+        report.refuse(PLUGIN_PARAMS, given, wrong, allowed)
+    elif not isinstance(params, dict) or not isinstance(params.get("plugin_type"), str):
+        report.refuse(PLUGIN_PARAMS, given, 'holds no string "plugin_type"', allowed)
+    else:
+        names = tuple(name.strip() for name in params["plugin_type"].split(",") if name.strip())
+        if _plugins_usable(names, given, report):
+            values.put(PLUGIN_PARAMS, names)
+
+
+def _plugins_usable(names: tuple[str, ...], given: object, report: Report) -> bool:
+    usable = True
+    for name in names:
+        if name in _SPEED_PLUGINS:
+            report.warn(f"{PLUGIN_PARAMS}: plugin {name} is not available in this build yet; running without")
+            continue
+        usable = False
+        if name in _RESULT_PLUGINS:
+            wrong = f"plugin {name} is not supported by this build"
+        else:
+            close = difflib.get_close_matches(name, (*_SPEED_PLUGINS, *_RESULT_PLUGINS), 1)
+            wrong = f"unknown plugin {shown(name)}" + (f" (did you mean {close[0]}?)" if close else "")
+        report.refuse(PLUGIN_PARAMS, given, wrong, f'"", plugin_type {" or ".join(_SPEED_PLUGINS)}')
+    return usable
+
+
+# --- cross-field rules, numbered as in the configuration contract --------------------------------------------
+
+
+def _device_lists(values: Values, report: Report) -> None:  # R1
+    instances = f"{BACKEND}.modelInstanceNumber"
+    count, devices = values.integer(instances), values.raw(_DEVICES)
+    if len(devices) != count:
+        wrong = f"{len(devices)} device list{'' if len(devices) == 1 else 's'} for {count} model instances"
+        report.refuse(_DEVICES, devices, wrong, f"{count} inner lists", (instances, count))
+
+
+def _devices_per_instance(values: Values, report: Report) -> None:  # R2
+    if values.flag(f"{BACKEND}.multiNodesInferEnabled"):
+        return
+    devices, world = values.raw(_DEVICES), values.integer(_WORLD)
+    for index, ids in enumerate(devices):
+        where = f"{_DEVICES}[{index}]"
+        if len(set(ids)) != len(ids):
+            report.refuse(where, ids, "duplicate device ids", f"{world} distinct ids", (_WORLD, world))
+        if len(ids) != world:
+            report.refuse(where, ids, f"{len(ids)} device ids", f"{world} distinct ids", (_WORLD, world))
+    owners: dict[int, int] = {}
+    for index, ids in enumerate(devices):
+        taken = sorted({device for device in ids if owners.setdefault(device, index) != index})
+        if taken:
+            wrong = f"device ids {taken} already belong to an earlier model instance"
+            report.refuse(f"{_DEVICES}[{index}]", ids, wrong, "each id in one instance only")
+
+
+def _prefill_fits_prompt(values: Values, report: Report) -> None:  # R3
+    tokens, prompt = values.integer(_PREFILL_TOKENS), values.integer(_MAX_INPUT)
+    if tokens < prompt:
+        hint = " (templateType=Mix does not lift this yet: no chunked prefill in this build)"
+        wrong = f"smaller than {_MAX_INPUT}={prompt}" + (hint if values.text(_TEMPLATE) == "Mix" else "")
+        report.refuse(_PREFILL_TOKENS, tokens, wrong, f"[{prompt}, 4194304]")
+
+
+def _at_most_max_batch(key: str) -> Rule:  # R4, first half of R5, R6
+    path = f"{SCHEDULE}.{key}"
+
+    def check(values: Values, report: Report) -> None:
+        value, limit = values.maybe_integer(path), values.integer(_MAX_BATCH)
+        if value is not None and value > limit:
+            lowest = 0 if key == "maxPreemptCount" else 1
+            report.refuse(path, value, f"larger than {_MAX_BATCH}={limit}", f"[{lowest}, {limit}]")
+
+    return Rule((path, _MAX_BATCH), check)
+
+
+def _swap_needs_memory(values: Values, report: Report) -> None:  # second half of R5
+    preempt, memory = f"{SCHEDULE}.maxPreemptCount", f"{MODEL}.cpuMemSize"
+    if values.integer(preempt) > 0 and values.integer(memory) == 0:
+        report.refuse(memory, 0, "swapping needs host memory", f"[1, {U32_MAX}]", (preempt, values.integer(preempt)))
+
+
+def _lengths(values: Values, report: Report) -> None:  # R7
+    seq_len, prompt = values.integer(_MAX_SEQ), values.integer(_MAX_INPUT)
+    if seq_len == 1:
+        report.refuse(_MAX_SEQ, 1, "no room for a prompt token and a new one", f"[2, {U32_MAX}]")
+    if prompt > seq_len:
+        report.warn(f"{_MAX_INPUT}={prompt}: larger than {_MAX_SEQ}={seq_len}; prompts are limited to {seq_len - 1}")
+
+
+def _output_fits(values: Values, report: Report) -> None:  # R7
+    path = f"{SCHEDULE}.maxIterTimes"
+    output, seq_len = values.integer(path), values.integer(_MAX_SEQ)
+    if output > seq_len:
+        report.refuse(path, output, f"larger than {_MAX_SEQ}={seq_len}", f"[1, {seq_len}]")
+
+
+def _parallel(values: Values, report: Report) -> None:  # R8
+    world = values.integer(_WORLD)
+    dp, cp = max(1, values.integer(f"{MODEL}.dp")), values.integer(f"{MODEL}.cp")
+    given_tp = values.maybe_integer(f"{MODEL}.tp")
+    tp = given_tp if given_tp is not None else max(1, world // (dp * cp))
+    if tp * dp * cp != world:
+        path, value = (_WORLD, world) if given_tp is None else (f"{MODEL}.tp", given_tp)
+        wrong = f"tp*dp*cp*pp = {tp}*{dp}*{cp}*1 = {tp * dp * cp}"
+        report.refuse(path, value, wrong, "tp*dp*cp*pp equal to worldSize", (_WORLD, world))
+    sp = values.integer(f"{MODEL}.sp")
+    if sp not in (1, tp):
+        report.refuse(f"{MODEL}.sp", sp, "neither 1 nor tp", f"1, {tp}")
+    if cp > 1 and dp > 1:
+        report.refuse(f"{MODEL}.cp", cp, "context parallel needs dp=1", "1", (f"{MODEL}.dp", dp))
+
+
+def _experts_parallel(values: Values, report: Report) -> None:  # R8
+    paths, world = (f"{MODEL}.moe_ep", f"{MODEL}.moe_tp"), values.integer(_WORLD)
+    given = {path: size for path in paths if (size := values.maybe_integer(path)) is not None}
+    product = math.prod(given.values())
+    if world % product if len(given) < 2 else product != world:
+        path, size = next(iter(given.items()))
+        report.refuse(path, size, "moe_ep*moe_tp must be worldSize", f"a divisor of {world}", (_WORLD, world))
+
+
+def _mix_and_splitfuse(values: Values, report: Report) -> None:  # R9
+    template, splitfuse = values.text(_TEMPLATE), "splitfuse" in values.raw(PLUGIN_PARAMS)
+    if template == "Mix" and not splitfuse:
+        report.refuse(_TEMPLATE, template, "needs splitfuse in plugin_params", '"Standard"', (PLUGIN_PARAMS, "splitfuse"))
+    if splitfuse and template != "Mix":
+        report.refuse(_TEMPLATE, template, "splitfuse in plugin_params needs templateType Mix", '"Mix"')
+
+
+def _node_port(values: Values, report: Report) -> None:  # R10
+    path, other = f"{SERVER}.port", f"{BACKEND}.multiNodesInferPort"
+    if values.integer(path) == values.integer(other):
+        wrong = f"same as {other}"
+        report.refuse(path, values.integer(path), wrong, "[1024, 65535] but not that port", (other, values.integer(other)))
+
+
+def _all_zero(key: str) -> Rule:  # R11
+    path, switch = f"{SERVER}.{key}", f"{SERVER}.allowAllZeroIpListening"
+
+    def check(values: Values, report: Report) -> None:
+        text = values.raw(path)
+        address = parse_address(text) if text is not None else None
+        if address is None or values.flag(switch):
+            return
+        inner = getattr(address, "ipv4_mapped", None) or address
+        if inner.is_unspecified:
+            report.refuse(path, text, "listens on every address of this host", "a single address", (switch, False))
+
+    return Rule((path, switch), check)
+
+
+def _splitfuse_company(values: Values, report: Report) -> None:  # R13
+    if "splitfuse" not in values.raw(PLUGIN_PARAMS):
+        return
+    stage, dynamic = f"{SCHEDULE}.stageSelectPolicy", f"{SCHEDULE}.dynamicBatchSizeEnable"
+    if values.integer(stage) == 2:
+        report.refuse(stage, 2, "cannot be combined with splitfuse", "0, 1", (PLUGIN_PARAMS, "splitfuse"))
+    if values.flag(dynamic):
+        report.refuse(dynamic, True, "cannot be combined with splitfuse", "false", (PLUGIN_PARAMS, "splitfuse"))
+
+
+def _partial_prefills(values: Values, report: Report) -> None:  # R15
+    path, other = f"{SCHEDULE}.maxLongPartialPrefills", f"{SCHEDULE}.maxNumPartialPrefills"
+    value, limit = values.maybe_integer(path), values.integer(other)
+    if value is not None and value > limit:
+        report.refuse(path, value, f"larger than {other}={limit}", f"[1, {limit}]")
+
+
+def _chunk_fits(values: Values, report: Report) -> None:  # R15
+    path = f"{SCHEDULE}.prefillChunkSize"
+    value, limit = values.integer(path), values.integer(_PREFILL_TOKENS)
+    if value > limit:
+        report.refuse(path, value, f"larger than {_PREFILL_TOKENS}={limit}", f"[1, {limit}], or 0")
+
+
+def _layout(values: Values, report: Report) -> None:
+    """Ports and addresses that no arrangement of listeners fits."""
+    path, other = f"{SERVER}.metricsPort", f"{SERVER}.managementPort"
+    ports = server_ports(values)
+    if merge_planes(*server_addresses(values), *ports) is None:
+        wrong = "same as the business port, but managementPort differs"
+        report.refuse(path, ports[2], wrong, f"managementPort={ports[1]}, or a port of its own", (other, ports[1]))
+
+
+def _block_size(values: Values, report: Report) -> None:
+    path = f"{SCHEDULE}.cacheBlockSize"
+    size = values.integer(path)
+    if size % 16 == 0:
+        return
+    if values.text(f"{RUNTIME}.deviceType") == "npu":
+        report.refuse(path, size, "not a multiple of 16", "16, 32, 48, ... 128", (f"{RUNTIME}.deviceType", "npu"))
+    else:
+        report.warn(f"{path}={size}: not a multiple of 16, which an NPU would refuse")
+
+
+RULES: tuple[Rule, ...] = (
+    Rule((_DEVICES, f"{BACKEND}.modelInstanceNumber"), _device_lists),
+    Rule((_DEVICES, _WORLD, f"{BACKEND}.multiNodesInferEnabled"), _devices_per_instance),
+    Rule((_PREFILL_TOKENS, _MAX_INPUT, _TEMPLATE), _prefill_fits_prompt),
+    _at_most_max_batch("maxPrefillBatchSize"),
+    _at_most_max_batch("maxPreemptCount"),
+    _at_most_max_batch("maxN"),
+    Rule((f"{SCHEDULE}.maxPreemptCount", f"{MODEL}.cpuMemSize"), _swap_needs_memory),
+    Rule((_MAX_SEQ, _MAX_INPUT), _lengths),
+    Rule((_MAX_SEQ, f"{SCHEDULE}.maxIterTimes"), _output_fits),
+    Rule((_WORLD, *(f"{MODEL}.{key}" for key in ("tp", "dp", "cp", "sp", "pp"))), _parallel),
+    Rule((_WORLD, f"{MODEL}.moe_ep", f"{MODEL}.moe_tp"), _experts_parallel),
+    Rule((_TEMPLATE, PLUGIN_PARAMS), _mix_and_splitfuse),
+    Rule((f"{SERVER}.port", f"{BACKEND}.multiNodesInferPort"), _node_port),
+    _all_zero("ipAddress"),
+    _all_zero("managementIpAddress"),
+    Rule(
+        (PLUGIN_PARAMS, f"{SCHEDULE}.stageSelectPolicy", f"{SCHEDULE}.dynamicBatchSizeEnable"), _splitfuse_company
+    ),
+    Rule((f"{SCHEDULE}.maxLongPartialPrefills", f"{SCHEDULE}.maxNumPartialPrefills"), _partial_prefills),
+    Rule((f"{SCHEDULE}.prefillChunkSize", _PREFILL_TOKENS), _chunk_fits),
+    Rule(
+        tuple(f"{SERVER}.{key}" for key in ("ipAddress", "managementIpAddress", "port", "managementPort", "metricsPort")),
+        _layout,
+    ),
+    Rule((f"{SCHEDULE}.cacheBlockSize", f"{RUNTIME}.deviceType"), _block_size),
+)
+
+
+def server_addresses(values: Values) -> tuple[str, str]:
+    """Bind addresses of the business and the other two planes, without brackets."""
+    business = values.text(f"{SERVER}.ipAddress")
+    management = values.raw(f"{SERVER}.managementIpAddress")
+    return str(parse_address(business)), str(parse_address(management if management is not None else business))
+
+
+def server_ports(values: Values) -> tuple[int, int, int]:
+    """Ports of business, management, metrics."""
+    port = values.integer(f"{SERVER}.port")
+    management = values.maybe_integer(f"{SERVER}.managementPort")
+    return port, port if management is None else management, values.integer(f"{SERVER}.metricsPort")
+
+
+# --- what this build does not do -------------------------------------------------------------------------
+
+
+class Unsupported(NamedTuple):
+    path: str
+    supported: tuple[Any, ...]
+    set_instead: str
+
+    def check(self, values: Values, report: Report) -> None:
+        value = values.raw(self.path)
+        if (value.lower() if isinstance(value, str) else value) not in self.supported:
+            report.refuse(self.path, value, "not supported by this build", self.set_instead)
+
+
+UNSUPPORTED: tuple[Unsupported, ...] = (
+    Unsupported(f"{SERVER}.inferMode", ("standard",), '"standard"'),
+    Unsupported(f"{SERVER}.distDPServerEnabled", (False,), "false"),
+    Unsupported(f"{SERVER}.layerwiseDisaggregated", (False,), "false"),
+    Unsupported(f"{BACKEND}.multiNodesInferEnabled", (False,), "false"),
+    Unsupported(f"{KV_POOL}.backend", ("",), '""'),
+    Unsupported(f"{DEPLOY}.LoraModules", ((), []), "[], or leave the key out"),
+    Unsupported(f"{MODEL}.modelInstanceType", ("standard", "targetmodel", "assistantmodel"), '"Standard"'),
+    Unsupported(_WORLD, (1,), "1, with one device id in each list of npuDeviceIds (no tensor parallelism yet)"),
+    Unsupported(f"{SCHEDULE}.distributedEnable", (False,), "false"),
+)
+
+_LATER = "not available in this build yet; running without"
+
+# Accepted, but nothing comes of it: (key, values that ask for nothing, what the log says).
+WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    (f"{BACKEND}.backendName", ("mindieservice_llm_engine",), "ignored, there is one engine only"),
+    (f"{DEPLOY}.maxLoras", (0,), _LATER),
+    (f"{DEPLOY}.speculationGamma", (0,), _LATER),
+    (f"{MODEL}.backendType", ("atb", "torch"), "ignored, the PyTorch engine is used"),
+    (f"{MODEL}.modelInstanceType", ("Standard", "StandardMock"), "treated as Standard"),
+    (f"{MODEL}.models", (None, {}), "options of NPU kernels, ignored"),
+    (f"{MODEL}.trustRemoteCode", (False,), "security: this would let code from the weight directory run"),
+    (f"{SCHEDULE}.templateType", ("Standard",), _LATER),
+    (f"{SCHEDULE}.supportSelectBatch", (False,), _LATER),
+    (f"{SCHEDULE}.stageSelectPolicy", (0,), _LATER),
+    (f"{SCHEDULE}.dynamicBatchSizeEnable", (False,), _LATER),
+    (f"{SCHEDULE}.maxPreemptCount", (0,), "swapping is not available in this build yet; recomputing instead"),
+    (f"{SCHEDULE}.policyType", (0,), "without effect, ignored"),
+    (f"{SCHEDULE}.bufferResponseEnabled", (False,), "without effect, ignored"),
+    (f"{SCHEDULE}.prefillChunkSize", (0,), _LATER),
+)

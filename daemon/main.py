@@ -1,0 +1,144 @@
+"""Composition root: command line, configuration, cheap checks, then the supervisor."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from daemon.addresses import bind_listeners
+from daemon.config import load_settings
+from daemon.logs import set_up_logging
+from daemon.plan import ProcessSpec, plan_processes
+from daemon.rundir import make_run_dir, run_name, sweep_stale
+from daemon.supervisor import Limits, Supervisor
+from daemon.title import hide_interpreter, set_process_name
+from endpoint.context import EndpointContext
+from endpoint.tls import check_material
+from engine.errors import EXIT_USAGE, StartupError
+from engine.settings import Listener, ServerSettings
+from engine.wire import layout
+from engine.wire.links import ControlLink, InstanceWire
+from engine.wire.ring import create_ring
+from worker.context import WorkerContext
+
+log = logging.getLogger("server.main")
+
+VERSION = "0.1.0"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        options = ", ".join(
+            sorted(option for action in self._actions for option in action.option_strings if option.startswith("--"))
+        )
+        print(f"{self.prog}: {message}; accepted options: {options}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+
+def parse_command_line(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="mindieservice_daemon", description="LLM serving daemon.", allow_abbrev=False)
+    parser.add_argument("--config-file", type=Path, metavar="PATH", help="configuration file")
+    parser.add_argument(
+        "--expert-parallel", choices=["true", "false"], default="false",
+        help="accepted for compatibility; true has no effect",
+    )  # fmt: skip
+    parser.add_argument("--check-config", action="store_true", help="validate the configuration only, exit 0 or 1")
+    parser.add_argument("--version", action="version", version=f"mindieservice_daemon {VERSION}")
+    if len(arguments) > 256:
+        parser.error(f"{len(arguments)} arguments; at most 256 are accepted")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    set_process_name()
+    hide_interpreter()
+    options = parse_command_line(sys.argv[1:])
+    environ = dict(os.environ)
+    set_up_logging(environ)
+    # memory holds user text: no core file unless the operator raises the limit again
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    try:
+        settings = load_settings(options.config_file, environ, Path(sys.argv[0]).absolute())
+        for warning in settings.warnings:
+            log.warning("%s", warning)
+        if options.check_config:
+            log.info("%s is valid", settings.config_file)
+            return 0
+        if options.expert_parallel == "true":
+            log.warning("--expert-parallel true is not supported by this build and has no effect")
+        return _serve(settings)
+    except StartupError as error:
+        # written as it is: several findings are several lines
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _serve(settings: ServerSettings) -> int:
+    """Cheap failures first, in the order of operations.md section 2; then fork."""
+    for listener in settings.endpoint.listeners:
+        log.info("%s plane: %s", "+".join(listener.planes), _url(listener))
+        if listener.tls is None:
+            log.warning("%s is plain HTTP: traffic can be read and changed; set httpsEnabled=true", _url(listener))
+        else:
+            for warning in check_material("+".join(listener.planes), listener.tls):
+                log.warning("%s", warning)
+    if not os.access(os.getcwd(), os.W_OK):
+        log.warning("%s is not writable; device compilers write kernel_meta* there", os.getcwd())
+    sockets = bind_listeners(settings.endpoint.listeners)
+    sweep_stale(settings.ipc_dir)
+    name = run_name()
+    run_dir = make_run_dir(settings.ipc_dir, name)
+    try:
+        return _supervise(settings, sockets, name, run_dir)
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _supervise(settings: ServerSettings, sockets: list[socket.socket], name: str, run_dir: Path) -> int:
+    wires = [_make_wire(settings, name, run_dir, instance) for instance in range(len(settings.device_ids))]
+    specs = plan_processes(settings)
+    num_workers = len(specs) - 1
+
+    def entry(spec: ProcessSpec, control: ControlLink) -> int:
+        """What a child does; imports here, because the parent must never load aiohttp or torch."""
+        if spec.role == "endpoint":
+            from endpoint.main import run_endpoint
+
+            set_process_name()
+            return run_endpoint(
+                EndpointContext(settings.endpoint, settings.schedule, settings.model, sockets, wires, control)
+            )
+        from worker.main import run_worker
+
+        set_process_name()  # importing torch is reported to rename the thread
+        wire = wires[spec.instance]
+        return run_worker(
+            WorkerContext(settings.model, settings.schedule, wire, spec.device, num_workers, control)
+        )
+
+    limits = Limits(settings.worker_init_timeout_s, settings.graceful_stop_timeout_s)
+    log.info("configuration %s, %d worker(s)", settings.config_file, num_workers)
+    return Supervisor(specs, entry, sockets, f"ipc://{run_dir}/ctl", limits).run()
+
+
+def _make_wire(settings: ServerSettings, name: str, run_dir: Path, instance: int) -> InstanceWire:
+    prompt_bytes = layout.prompt_slot_bytes(settings.schedule.max_input_len)
+    return InstanceWire(
+        instance=instance,
+        command_address=f"ipc://{run_dir}/cmd.{instance}",
+        event_address=f"ipc://{run_dir}/evt.{instance}",
+        prompt_ring=create_ring(f"{name}_prompt{instance}", layout.PROMPT_SLOTS, prompt_bytes),
+        token_ring=create_ring(f"{name}_token{instance}", layout.TOKEN_SLOTS, layout.TOKEN_SLOT_BYTES),
+    )
+
+
+def _url(listener: Listener) -> str:
+    host = f"[{listener.address}]" if ":" in listener.address else listener.address
+    return f"{'https' if listener.tls else 'http'}://{host}:{listener.port}"

@@ -1,0 +1,147 @@
+"""The aiohttp application of one listener: routes of its planes, body limits, errors in one place."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import web
+
+from endpoint import http_errors, models_api
+from endpoint.health import Health
+from endpoint.json_body import parse_body
+from endpoint.protocols.base import Body, GenerationRequest, ProtocolAdapter, Reply
+from endpoint.service import GenerationService, GenerationStream
+from engine.errors import (
+    BodyTooLarge,
+    EngineFailed,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    ServerError,
+    ServiceUnavailable,
+)
+from engine.settings import EndpointSettings, Plane
+
+log = logging.getLogger("server.http")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+_MIB = 1 << 20
+
+
+class BusinessPlane:
+    """Inference and model queries. `service` is set once every instance is ready."""
+
+    def __init__(self, adapters: Sequence[ProtocolAdapter], settings: EndpointSettings) -> None:
+        self.service: GenerationService | None = None
+        self._settings = settings
+        self._by_path: dict[str, list[ProtocolAdapter]] = {}
+        for adapter in adapters:
+            for path in adapter.routes:
+                self._by_path.setdefault(path, []).append(adapter)
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            *(web.post(path, self._generation_handler(adapters)) for path, adapters in self._by_path.items()),
+            web.get("/v1/models", self._models),
+            web.get("/v1/models/{model}", self._model),
+        ]
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response(body=models_api.model_list(self._ready_service().info))
+
+    async def _model(self, request: web.Request) -> web.Response:
+        info = self._ready_service().info
+        return web.json_response(body=models_api.model_object(info, request.match_info["model"]))
+
+    def _generation_handler(self, adapters: Sequence[ProtocolAdapter]) -> Handler:
+        async def handle(http: web.Request) -> web.StreamResponse:
+            service = self._ready_service()
+            body = parse_body(await self._read_body(http), self._settings.max_json_depth)
+            adapter = next((a for a in adapters if a.claims(body)), None)
+            if adapter is None:
+                raise InvalidRequest(f"{http.path}: the body belongs to no known dialect; see docs/api.md")
+            request = adapter.parse(body, service.info, http.match_info)
+            async with service.open(request) as stream:
+                reply = adapter.reply(request, body, stream.context)
+                return await _answer(http, request, body, stream, reply)
+
+        return handle
+
+    async def _read_body(self, http: web.Request) -> bytes:
+        try:
+            return await http.read()
+        except web.HTTPRequestEntityTooLarge:
+            limit = self._settings.max_request_bytes // _MIB
+            raise BodyTooLarge(f"Request body too large. Maximum allowed size is {limit}MB.") from None
+
+    def _ready_service(self) -> GenerationService:
+        if self.service is None:
+            raise ServiceUnavailable("the model is still loading; see /v2/health/live", retry_after_s=5)
+        return self.service
+
+
+async def _answer(
+    http: web.Request, request: GenerationRequest, body: Body, stream: GenerationStream, reply: Reply
+) -> web.StreamResponse:
+    if not request.stream:
+        return web.json_response(body=reply.result(await stream.collect()))
+    response = web.StreamResponse(headers=_STREAM_HEADERS)
+    try:
+        async for step in stream:
+            if not response.prepared:  # not before the first token: until then an error is plain JSON
+                await response.prepare(http)
+            # one write is one HTTP chunk; clients of the original parse each chunk by itself
+            await response.write(reply.frame(step))
+    except ServerError as error:
+        if not response.prepared:
+            raise
+        for frame in reply.error_frames(error):
+            await response.write(frame)
+    else:
+        for frame in reply.tail():
+            await response.write(frame)
+    await response.write_eof()
+    return response
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every failure becomes the canonical body; only our own texts reach a client."""
+    try:
+        return await handler(request)
+    except ServerError as error:
+        return http_errors.response(error)
+    except web.HTTPNotFound:
+        return http_errors.response(NotFound(f"{request.path}: no such path on this plane; see docs/api.md"))
+    except web.HTTPMethodNotAllowed as error:
+        allowed = tuple(sorted(error.allowed_methods))
+        return http_errors.response(
+            MethodNotAllowed(f"{request.method} is not allowed here; allowed: {', '.join(allowed)}", allowed)
+        )
+    except web.HTTPException:
+        raise
+    except ConnectionError:
+        raise
+    except Exception:
+        log.exception("request to %s failed", request.path)
+        return http_errors.response(EngineFailed("internal error; the server's log has the details"))
+
+
+async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["RequestUUID"] = secrets.token_hex(16)
+
+
+def make_app(
+    planes: Sequence[Plane], business: BusinessPlane, health: Health, settings: EndpointSettings
+) -> web.Application:
+    app = web.Application(middlewares=[_errors], client_max_size=settings.max_request_bytes)
+    app.on_response_prepare.append(_name_response)
+    if "business" in planes:
+        app.add_routes(business.routes())
+    if "management" in planes:
+        app.add_routes(health.routes())
+    return app

@@ -1,0 +1,20 @@
+"""What the endpoint process is given by the parent."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
+from engine.wire.links import ControlLink, InstanceWire
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointContext:
+    settings: EndpointSettings
+    schedule: ScheduleSettings
+    model: ModelSettings
+    sockets: Sequence[socket.socket]  # bound, one per settings.listeners, in that order
+    wires: Sequence[InstanceWire]
+    control: ControlLink

@@ -1,0 +1,47 @@
+"""The attention seam: causal attention of this step's queries over the paged cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from worker.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Shapes a backend is made for; scores are scaled by head_dim ** -0.5."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+class AttentionBackend(Protocol):
+    """Made once, told about each step once, called once per layer.
+
+    The last query token of a row is the last token of its context, so query i of q sees the first
+    context_len - q + i + 1 keys.
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None: ...
+
+    def begin_step(self, batch: Batch, block_size: int) -> None:
+        """Prepare what all layers of the step share."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Store k and v at the step's slots, then attend.
+
+        q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim], strided or not; caches:
+        [num_blocks, block_size, num_kv_heads, head_dim] -> [T, num_heads * head_dim].
+        """
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """k, v: [T, num_kv_heads, head_dim]; slots: int64 [T], distinct, block * block_size + offset."""
+    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slots, k)
+    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slots, v)

@@ -1,0 +1,165 @@
+"""Paged attention on the CPU, out of torch's fused scaled-dot-product kernel.
+
+Decode: one gather of the whole batch's blocks into buffers that live as long as the backend (fresh buffers of several MB
+are page-faulted in on every call, which cost 2-6x), then one fused call per group of rows of similar length. The query
+heads that share a key head become rows of one query, so no key is read twice.
+Prefill: straight from this step's keys and values where nothing is cached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from worker.attention.base import AttentionSpec, store_kv
+from worker.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """Rows of a step whose keys are read from the cache; shapes with n rows and W blocks each."""
+
+    tokens: slice  # of the step's query tokens
+    blocks: Tensor  # int32 [n * W]
+    k_blocks: Tensor  # [n * W, block_size, KV, D] destination of the gather
+    v_blocks: Tensor
+    k: Tensor  # [n, KV, longest context, D] the same memory
+    v: Tensor
+    mask: Tensor | None  # [n, 1, 1, longest context] or, for a chunk, [1, 1, Q, context]; added to the scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Fresh:
+    """Neighbouring rows of equal length with nothing cached."""
+
+    tokens: slice
+    num_rows: int
+
+
+class CpuPagedAttention:
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+        self._k_buffer = torch.empty(0, dtype=spec.dtype)
+        self._v_buffer = torch.empty(0, dtype=spec.dtype)
+
+    def begin_step(self, batch: Batch, block_size: int) -> None:
+        self._slots = batch.slots
+        self._groups: list[_Gathered | _Fresh] = (
+            self._decode_groups(batch, block_size)
+            if batch.one_token_per_row
+            else self._prefill_groups(batch, block_size)
+        )
+        self._is_decode = batch.one_token_per_row
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        store_kv(k, v, k_cache, v_cache, self._slots)
+        parts = []
+        for group in self._groups:
+            if isinstance(group, _Fresh):
+                parts.append(self._fresh(group, q, k, v))
+                continue
+            torch.index_select(k_cache, 0, group.blocks, out=group.k_blocks)
+            torch.index_select(v_cache, 0, group.blocks, out=group.v_blocks)
+            parts.append(self._decode(group, q) if self._is_decode else self._chunk(group, q))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(self, group: _Gathered, q: Tensor) -> Tensor:
+        spec = self._spec
+        queries = q[group.tokens].view(-1, spec.num_kv_heads, spec.num_heads // spec.num_kv_heads, spec.head_dim)
+        out = functional.scaled_dot_product_attention(queries, group.k, group.v, attn_mask=group.mask)
+        return out.reshape(len(out), -1)
+
+    def _chunk(self, group: _Gathered, q: Tensor) -> Tensor:
+        queries = q[group.tokens].transpose(0, 1)[None]
+        out = functional.scaled_dot_product_attention(
+            queries, group.k, group.v, attn_mask=group.mask, enable_gqa=True
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
+    def _fresh(self, group: _Fresh, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries, keys, values = (
+            x[group.tokens].unflatten(0, (group.num_rows, -1)).transpose(1, 2) for x in (q, k, v)
+        )
+        out = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def _decode_groups(self, batch: Batch, block_size: int) -> list[_Gathered | _Fresh]:
+        widths = -(-batch.context_len // block_size)
+        bounds = similar_runs(widths.tolist())
+        self._reserve(max((b - a) * int(widths[a]) for a, b in bounds) * block_size)
+        groups: list[_Gathered | _Fresh] = []
+        for first, last in bounds:
+            lengths = batch.context_len[first:last]
+            mask = None
+            if lengths[-1] != lengths[0]:
+                unseen = np.arange(lengths[0], dtype=np.int32)[None] >= lengths[:, None]
+                mask = self._mask(unseen)[:, None, None]
+            table = batch.block_table[first:last, : widths[first]]
+            groups.append(self._gathered(slice(first, last), table, int(lengths[0]), block_size, mask))
+        return groups
+
+    def _prefill_groups(self, batch: Batch, block_size: int) -> list[_Gathered | _Fresh]:
+        groups: list[_Gathered | _Fresh] = []
+        starts = batch.query_start.tolist()
+        contexts = batch.context_len.tolist()
+        for row, context in enumerate(contexts):
+            tokens = slice(starts[row], starts[row + 1])
+            queries = tokens.stop - tokens.start
+            if queries == context:
+                previous = groups[-1] if groups else None
+                if isinstance(previous, _Fresh) and contexts[row - 1] == context:
+                    groups[-1] = _Fresh(slice(previous.tokens.start, tokens.stop), previous.num_rows + 1)
+                else:
+                    groups.append(_Fresh(tokens, 1))
+                continue
+            width = -(-context // block_size)
+            self._reserve(width * block_size)
+            unseen = np.arange(context)[None] > np.arange(context - queries, context)[:, None]
+            mask = self._mask(unseen)[None, None]
+            groups.append(self._gathered(tokens, batch.block_table[row : row + 1, :width], context, block_size, mask))
+        return groups
+
+    def _gathered(
+        self, tokens: slice, table: np.ndarray, longest: int, block_size: int, mask: Tensor | None
+    ) -> _Gathered:
+        spec = self._spec
+        rows, width = table.shape
+        size = rows * width * block_size * spec.num_kv_heads * spec.head_dim
+        shape = (rows * width, block_size, spec.num_kv_heads, spec.head_dim)
+        k_blocks, v_blocks = self._k_buffer[:size].view(shape), self._v_buffer[:size].view(shape)
+        k, v = (
+            blocks.view(rows, -1, spec.num_kv_heads, spec.head_dim)[:, :longest].transpose(1, 2)
+            for blocks in (k_blocks, v_blocks)
+        )
+        return _Gathered(tokens, torch.from_numpy(table.flatten()), k_blocks, v_blocks, k, v, mask)
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Room for that many keys; groups run one after the other and share it."""
+        size = num_tokens * self._spec.num_kv_heads * self._spec.head_dim
+        if size > len(self._k_buffer):
+            # a quarter more than asked: contexts grow by one block at a time
+            self._k_buffer = torch.empty(size + size // 4, dtype=self._spec.dtype)
+            self._v_buffer = torch.empty(size + size // 4, dtype=self._spec.dtype)
+
+    def _mask(self, unseen: np.ndarray) -> Tensor:
+        mask = torch.zeros(unseen.shape, dtype=self._spec.dtype)
+        return mask.masked_fill_(torch.from_numpy(unseen), float("-inf"))
+
+
+def similar_runs(widths: list[int]) -> list[tuple[int, int]]:
+    """Cut falling `widths` into runs [first, last) whose padding is worth less than another kernel call.
+
+    Within a run the widest row is at most half as wide again as the narrowest, plus one block.
+    """
+    runs = []
+    first = 0
+    for row, width in enumerate(widths):
+        if widths[first] > width + width // 2 + 1:
+            runs.append((first, row))
+            first = row
+    runs.append((first, len(widths)))
+    return runs

@@ -1,0 +1,73 @@
+"""Entry of an engine worker: load the model, size the cache, warm up, then the step loop until TERM."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+
+import zmq
+
+from engine.block_manager import BlockManager
+from engine.core import EngineCore, EngineLinks
+from engine.scheduler import Scheduler
+from engine.wire.channel import Channel
+from engine.wire.messages import EngineReady, Progress, Ready
+from engine.wire.ring import RingReader, RingWriter
+from worker.context import WorkerContext
+from worker.executor import LeaderExecutor
+from worker.runner import ModelRunner
+from worker.sampler import Sampler
+
+log = logging.getLogger("llm.worker")
+
+
+def run_worker(given: WorkerContext) -> int:
+    """Serve one model instance; SIGTERM ends the process by default action, nothing needs tidying."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    control = given.control.open(context)
+    wire = given.wire
+
+    def progress(phase: str, fraction: float) -> None:
+        control.send(Progress(wire.instance, phase, fraction))
+
+    start = time.monotonic()
+    runner = ModelRunner(given.model, given.schedule, given.device, progress, num_workers=given.num_workers)
+    runner.load()
+    num_blocks = runner.size_kv_cache()
+    runner.allocate(num_blocks)
+    runner.warm_up()
+
+    # beyond its trained positions a model's text is noise; the validator has warned about it
+    max_seq_len = min(given.schedule.max_seq_len, runner.max_position_embeddings)
+    schedule = replace(given.schedule, max_seq_len=max_seq_len)
+    core = EngineCore(
+        Scheduler(schedule, BlockManager(num_blocks, schedule.block_size), runner.eos_token_ids),
+        LeaderExecutor(runner, Sampler(runner.vocab_size)),
+        EngineLinks(
+            instance=wire.instance,
+            commands=Channel(context, zmq.PULL, wire.command_address, bind=True),
+            events=Channel(context, zmq.PUSH, wire.event_address),
+            prompts=RingReader(wire.prompt_ring),
+            tokens=RingWriter(wire.token_ring),
+        ),
+    )
+    core.links.events.send(
+        EngineReady(
+            instance=wire.instance,
+            vocab_size=runner.vocab_size,
+            max_prompt_tokens=min(schedule.max_input_len, max_seq_len - 1),
+            max_seq_len=max_seq_len,
+            num_blocks=num_blocks,
+            block_size=schedule.block_size,
+        )
+    )
+    control.send(
+        Ready(
+            f"{given.model.name} in {str(runner.dtype).removeprefix('torch.')}, "
+            f"weights {runner.weight_bytes / 2**20:.1f} MiB, {num_blocks} blocks of {schedule.block_size} tokens "
+            f"({num_blocks * runner.block_bytes / 2**20:.1f} MiB), {time.monotonic() - start:.1f} s"
+        )
+    )
+    core.run()
+    return 0

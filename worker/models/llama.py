@@ -1,0 +1,153 @@
+"""Llama: the base decoder. Grouped-query attention, rotary embedding, gated MLP, pre-normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from worker.attention.base import AttentionBackend
+from worker.batch import Batch
+from worker.hf_config import DecoderConfig, parse_decoder
+from worker.kv_cache import KvCache
+from worker.layers.activation import silu_mul
+from worker.layers.norm import rms_norm
+from worker.layers.rotary import RotaryTable, apply_rotary
+from worker.loader import Checkpoint
+from worker.platforms.base import Linear, Platform
+
+_EMBEDDING = "model.embed_tokens"
+_FINAL_NORM = "model.norm"
+_HEAD = "lm_head"
+
+
+class WeightReader:
+    """Takes layers out of a checkpoint the way the platform wants them."""
+
+    def __init__(self, checkpoint: Checkpoint, platform: Platform, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._platform = platform
+        self._dtype = dtype
+
+    def vector_or_table(self, module: str) -> Tensor:
+        return self._checkpoint.take(f"{module}.weight", dtype=self._dtype).to(self._platform.device)
+
+    def linear(self, prefix: str, *modules: str, bias: bool = False) -> Linear:
+        """The named projections merged into one, outputs in the order given."""
+        names = [f"{prefix}{module}" for module in modules]
+        weight = self._checkpoint.take(*(f"{name}.weight" for name in names), dtype=self._dtype)
+        biases = self._checkpoint.take(*(f"{name}.bias" for name in names), dtype=self._dtype) if bias else None
+        linear = self._platform.pack_linear(weight, biases)
+        self._checkpoint.release()
+        return linear
+
+
+class DecoderLayer:
+    def __init__(self, config: DecoderConfig, reader: WeightReader, prefix: str) -> None:
+        self._num_heads = config.num_heads
+        self._head_dim = config.head_dim
+        self._rotated_heads = config.num_heads + config.num_kv_heads
+        self._eps = config.rms_norm_eps
+        self._input_norm = reader.vector_or_table(f"{prefix}input_layernorm")
+        self._qkv = reader.linear(f"{prefix}self_attn.", "q_proj", "k_proj", "v_proj", bias=config.qkv_bias)
+        self._output = reader.linear(f"{prefix}self_attn.", "o_proj", bias=config.output_bias)
+        self._mlp_norm = reader.vector_or_table(f"{prefix}post_attention_layernorm")
+        self._gate_up = reader.linear(f"{prefix}mlp.", "gate_proj", "up_proj", bias=config.mlp_bias)
+        self._down = reader.linear(f"{prefix}mlp.", "down_proj", bias=config.mlp_bias)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend, k_cache: Tensor, v_cache: Tensor
+    ) -> None:
+        """Adds this layer to the residual stream x, [T, hidden], in place."""
+        qkv = self._qkv(rms_norm(x, self._input_norm, self._eps)).view(len(x), -1, self._head_dim)
+        # queries and keys lie side by side: one rotation for both
+        qk = apply_rotary(qkv[:, : self._rotated_heads], cos, sin)
+        q, k, v = qk[:, : self._num_heads], qk[:, self._num_heads :], qkv[:, self._rotated_heads :]
+        x += self._output(attention.forward(q, k, v, k_cache, v_cache))
+        x += self._down(silu_mul(self._gate_up(rms_norm(x, self._mlp_norm, self._eps))))
+
+
+class LlamaForCausalLM:
+    """See worker/models/registry.py for the contract."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        checkpoint: Checkpoint,
+        platform: Platform,
+        dtype: torch.dtype,
+        max_seq_len: int,
+        progress: Callable[[float], None],
+    ) -> None:
+        self._eps = config.rms_norm_eps
+        self._rotary = RotaryTable(config.rope, config.head_dim, max_seq_len, dtype, platform.device)
+        reader = WeightReader(checkpoint, platform, dtype)
+        self._layers = []
+        for index in range(config.num_layers):
+            self._layers.append(DecoderLayer(config, reader, f"model.layers.{index}."))
+            progress((index + 1) / (config.num_layers + 1))
+        self._final_norm = reader.vector_or_table(_FINAL_NORM)
+        self._embedding = reader.vector_or_table(_EMBEDDING)
+        # a tied head is packed as well: twice the table in memory, for half the time of the largest product
+        self._head = reader.linear("", _EMBEDDING if config.tie_word_embeddings else _HEAD)
+        progress(1.0)
+
+    @staticmethod
+    def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
+        attention_bias = bool(config.get("attention_bias", False))
+        return parse_decoder(
+            config,
+            qkv_bias=attention_bias,
+            output_bias=attention_bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+        )
+
+    @staticmethod
+    def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        linears = {
+            "self_attn.q_proj": (q_size, hidden, config.qkv_bias),
+            "self_attn.k_proj": (kv_size, hidden, config.qkv_bias),
+            "self_attn.v_proj": (kv_size, hidden, config.qkv_bias),
+            "self_attn.o_proj": (hidden, q_size, config.output_bias),
+            "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+            "mlp.up_proj": (inner, hidden, config.mlp_bias),
+            "mlp.down_proj": (hidden, inner, config.mlp_bias),
+        }
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{_EMBEDDING}.weight": (config.vocab_size, hidden),
+            f"{_FINAL_NORM}.weight": (hidden,),
+        }
+        if not config.tie_word_embeddings:
+            shapes[f"{_HEAD}.weight"] = (config.vocab_size, hidden)
+        for index in range(config.num_layers):
+            prefix = f"model.layers.{index}."
+            shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+            shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+            for name, (rows, columns, bias) in linears.items():
+                shapes[f"{prefix}{name}.weight"] = (rows, columns)
+                if bias:
+                    shapes[f"{prefix}{name}.bias"] = (rows,)
+        return shapes
+
+    @staticmethod
+    def ignorable_tensors(config: DecoderConfig) -> frozenset[str]:
+        # older exports stored what is computed here, and tied heads twice
+        names = {f"model.layers.{index}.self_attn.rotary_emb.inv_freq" for index in range(config.num_layers)}
+        if config.tie_word_embeddings:
+            names.add(f"{_HEAD}.weight")
+        return frozenset(names)
+
+    def forward(self, batch: Batch, attention: AttentionBackend, cache: KvCache) -> Tensor:
+        x = functional.embedding(batch.input_ids, self._embedding)
+        cos, sin = self._rotary.gather(batch.positions)
+        for layer, (k_cache, v_cache) in zip(self._layers, cache.layers, strict=True):
+            layer.forward(x, cos, sin, attention, k_cache, v_cache)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._head(rms_norm(hidden, self._final_norm, self._eps))

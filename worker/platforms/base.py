@@ -1,0 +1,46 @@
+"""What the worker asks of a device. Nothing outside this folder knows which one it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Linear = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """Bytes this process could still take, and bytes the device has at all."""
+
+    available: int
+    total: int
+
+
+class Platform(Protocol):
+    name: str
+    attention_backend: str  # row of worker/attention/registry.py
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def set_up(self, device_id: int, num_workers: int, threads: int) -> None:
+        """Claim this worker's share of the machine; once, before any tensor is made. threads 0: all of it."""
+
+    def weight_dtype(self, requested: DTypeName, checkpoint: torch.dtype) -> torch.dtype:
+        """The dtype to compute in; may be wider than requested where the device lacks it."""
+
+    def memory(self) -> MemoryInfo: ...
+
+    def kv_budget(self, num_workers: int) -> int:
+        """Bytes one worker may spend on its KV cache when nobody said how many."""
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """weight: [out, in]; bias: [out]. Takes both over: the caller keeps no reference."""
+
+    def describe(self) -> str:
+        """One line for the log: what the start-up probe chose."""

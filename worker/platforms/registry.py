@@ -1,0 +1,46 @@
+"""Device type -> platform. Adding one is a module and a row; nothing is imported before it is chosen."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+from engine.errors import EXIT_INIT, StartupError
+from worker.platforms.base import Platform
+
+PLATFORMS: dict[str, tuple[str, str]] = {"cpu": ("worker.platforms.cpu", "CpuPlatform")}
+
+
+def _npu_missing() -> str | None:
+    if importlib.util.find_spec("torch_npu") is None:
+        return "package torch_npu is not installed"
+    return None
+
+
+def _cuda_missing() -> str | None:
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        return "this torch was built without CUDA"
+    return None if torch.cuda.is_available() else "no CUDA device is visible"
+
+
+# in the order "auto" tries them; each says what is missing, or None
+_ACCELERATORS: dict[str, Callable[[], str | None]] = {"npu": _npu_missing, "cuda": _cuda_missing}
+
+
+def select_platform(device_type: str) -> Platform:
+    """The platform for `deviceType`; StartupError when one is named that cannot be used."""
+    if device_type == "auto":
+        usable = (name for name, missing in _ACCELERATORS.items() if name in PLATFORMS and missing() is None)
+        device_type = next(usable, "cpu")
+    elif device_type in _ACCELERATORS:
+        reason = _ACCELERATORS[device_type]()
+        if reason is not None:
+            raise StartupError(f"deviceType {device_type!r}: {reason}", EXIT_INIT)
+    if device_type not in PLATFORMS:
+        raise StartupError(f"deviceType {device_type!r} is not supported by this build yet", EXIT_INIT)
+    module, name = PLATFORMS[device_type]
+    platform: Platform = getattr(importlib.import_module(module), name)()
+    return platform

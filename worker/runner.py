@@ -1,0 +1,132 @@
+"""ModelRunner: one rank's model, cache and attention; a StepPlan goes in, logits come out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.plan import StepKind, StepPlan, build_plan
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence
+from engine.settings import ModelSettings, ScheduleSettings
+from worker.attention.base import AttentionSpec
+from worker.attention.registry import make_attention
+from worker.batch import make_batch
+from worker.hf_config import eos_token_ids, read_json
+from worker.kv_cache import KvCache, KvSpec, count_blocks
+from worker.loader import Checkpoint
+from worker.models.registry import model_class
+from worker.platforms.registry import select_platform
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_TOKENS = 256  # enough for every kernel of a prefill, short enough to cost nothing
+_WARM_UP_ROWS = (1, 2, 4, 8, 16, 32)  # decode batches; the products are prepared per row count
+
+
+class ModelRunner:
+    """Used in this order: load, size_kv_cache, allocate, warm_up, forward..."""
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        schedule: ScheduleSettings,
+        device_id: int,
+        progress: Callable[[str, float], None],
+        num_workers: int = 1,
+    ) -> None:
+        """`progress(phase, fraction)` is called while loading. `num_workers` share this machine."""
+        self._settings = settings
+        self._schedule = schedule
+        self._progress = progress
+        self._num_workers = num_workers
+        self._platform = select_platform(settings.device_type)
+        self._platform.set_up(device_id, num_workers, settings.cpu_threads)
+
+    def load(self) -> None:
+        """Read configuration and weights; StartupError says in one line what is wrong with them."""
+        folder = self._settings.weight_path
+        raw = read_json(folder / "config.json")
+        cls = model_class(raw.get("architectures"))
+        config = cls.parse_config(raw)
+        checkpoint = Checkpoint(folder)
+        shapes = cls.tensor_shapes(config)
+        checkpoint.check(shapes, cls.ignorable_tensors(config))
+        dtype = self._platform.weight_dtype(self._settings.dtype, checkpoint.stored_dtype)
+
+        self.vocab_size = config.vocab_size
+        self.max_position_embeddings = config.max_position_embeddings
+        self.eos_token_ids = eos_token_ids(folder, raw)
+        self.dtype = dtype
+        self.weight_bytes = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        self._kv_spec = KvSpec(
+            config.num_layers, self._schedule.block_size, config.num_kv_heads, config.head_dim, dtype
+        )
+        self.block_bytes = self._kv_spec.block_bytes
+        self._attention = make_attention(
+            self._platform.attention_backend,
+            AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype),
+        )
+        self._model = cls(
+            config,
+            checkpoint,
+            self._platform,
+            dtype,
+            self._schedule.max_seq_len,
+            lambda fraction: self._progress("weights", fraction),
+        )
+        logger.info("%s, %s, weights %d MiB", self._platform.describe(), dtype, self.weight_bytes >> 20)
+
+    def size_kv_cache(self) -> int:
+        """Blocks this worker can hold; StartupError when that is less than one sequence of maxSeqLen."""
+        return count_blocks(
+            self._kv_spec,
+            self._settings,
+            self._schedule,
+            automatic_bytes=self._platform.kv_budget(self._num_workers),
+            available_bytes=self._platform.memory().available,
+        )
+
+    def allocate(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._cache = KvCache(self._kv_spec, num_blocks, self._platform.device)
+
+    def warm_up(self) -> None:
+        """Run every kind of step once, so that no request pays for kernels prepared on first use.
+
+        Scribbles over the cache: nothing may be in it yet.
+        """
+        room = self._num_blocks * self._schedule.block_size
+        longest = max(1, min(_WARM_UP_TOKENS, self._schedule.max_prefill_tokens, self._schedule.max_input_len, room))
+        rows = [n for n in _WARM_UP_ROWS if n <= min(self._schedule.max_batch_size, self._num_blocks)]
+        self.forward(build_plan(StepKind.PREFILL, [self._dummy(longest, 0, 0)], self._schedule.block_size))
+        for step, batch_size in enumerate(rows):
+            self._progress("warm-up", (step + 1) / (len(rows) + 1))
+            sequences = [self._dummy(1, 1, first_block=row) for row in range(batch_size)]
+            self.forward(build_plan(StepKind.DECODE, sequences, self._schedule.block_size))
+        self._progress("warm-up", 1.0)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> Tensor:
+        """Logits of each row's last query token, [R, vocab] in the model's dtype, in the order of the plan."""
+        batch = make_batch(plan, self._platform.device)
+        self._attention.begin_step(batch, self._schedule.block_size)
+        hidden = self._model.forward(batch, self._attention, self._cache)
+        if batch.last_tokens is not None:
+            hidden = hidden.index_select(0, batch.last_tokens)
+        return self._model.logits(hidden)
+
+    def _dummy(self, num_prompt: int, num_output: int, first_block: int) -> Sequence:
+        """A sequence of token 0 whose last token, or whole prompt, is still to be computed."""
+        sequence = Sequence(0, np.zeros(num_prompt, np.int32), SamplingParams(max_tokens=1))
+        for _ in range(num_output):
+            sequence.append(0)
+            sequence.num_computed = sequence.num_tokens - 1
+        blocks = -(-sequence.num_tokens // self._schedule.block_size)
+        sequence.block_table = list(range(first_block, first_block + blocks))
+        return sequence
