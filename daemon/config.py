@@ -6,7 +6,6 @@ earlier ones accepted, so one run lists all there is to mend.
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ def load_settings(config_file: Path | None, environ: Mapping[str, str], executab
     )
 
 
-# --- file ------------------------------------------------------------------------------------------------
+# --- file ---
 
 
 def installation_root(environ: Mapping[str, str], executable: Path) -> Path:
@@ -96,7 +95,9 @@ def _locate(config_file: Path | None, environ: Mapping[str, str], root: Path) ->
     return "config.json", in_tree if in_tree.exists() and not installed.exists() else installed
 
 
-def _read_document(source: str, path: Path, permissions: Permissions, report: Report) -> dict[str, Any] | None:
+def _read_document(
+    source: str, path: Path, permissions: Permissions, report: Report
+) -> dict[str, Any] | None:
     """The parsed file; None with findings when it cannot be read or is not strict JSON."""
     allowed = "a readable regular file of 1 byte to 10 MB"
     try:
@@ -126,7 +127,7 @@ def _read_document(source: str, path: Path, permissions: Permissions, report: Re
     return document
 
 
-# --- environment -----------------------------------------------------------------------------------------
+# --- environment ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ def _memory_fraction(environ: Mapping[str, str], report: Report) -> float:
     return fraction
 
 
-# --- slices ----------------------------------------------------------------------------------------------
+# --- slices ---
 
 
 def _listeners(root: Path, values: Values, permissions: Permissions, report: Report) -> tuple[Listener, ...]:
@@ -226,7 +227,8 @@ def _endpoint(
     if values.flag("EnableDynamicAdjustTimeoutConfig"):
         token_timeout, e2e_timeout = _RAISED_TOKEN_TIMEOUT_S, _RAISED_E2E_TIMEOUT_S
         report.warn(
-            f"EnableDynamicAdjustTimeoutConfig=true: tokenTimeout is {token_timeout} s, e2eTimeout {e2e_timeout} s"
+            "EnableDynamicAdjustTimeoutConfig=true: "
+            f"tokenTimeout is {token_timeout} s, e2eTimeout {e2e_timeout} s"
         )
     return EndpointSettings(
         listeners=listeners,
@@ -257,7 +259,9 @@ def _schedule(values: Values, report: Report) -> ScheduleSettings:
     prefill_tokens, batch = number("maxPrefillTokens"), number("maxBatchSize")
     recomputed = min(max_seq_len, max_input + number("maxIterTimes"))
     if prefill_tokens < recomputed:
-        prefill_tokens = adjusted("maxPrefillTokens", recomputed, "so that a recomputed sequence fits one prefill")
+        prefill_tokens = adjusted(
+            "maxPrefillTokens", recomputed, "so that a recomputed sequence fits one prefill"
+        )
     if batch > prefill_tokens:
         batch = adjusted("maxBatchSize", prefill_tokens, "the number of tokens in a prefill step")
     prefill_batch = number("maxPrefillBatchSize")

@@ -25,7 +25,7 @@ TLS_PREFIX: dict[Plane, str] = {"business": "tls", "management": "managementTls"
 
 
 class Permissions:
-    """Who may own and read which file. Secrets refuse, anything else warns, unless the environment says otherwise."""
+    """Who may own and read which file. Secrets refuse, others warn, unless the environment says otherwise."""
 
     def __init__(self, environ: Mapping[str, str], report: Report) -> None:
         self._strict = environ.get(PERMISSION_VARIABLE) == "1"
@@ -37,7 +37,7 @@ class Permissions:
     def check(self, key: str, value: object, path: Path, limit: int, secret: bool = False) -> None:
         """Report `path` when its mode is wider than `limit` or it belongs to somebody else.
 
-        A directory is judged together with the files in it, which may be as wide as `limit` without the x bits.
+        A directory is judged with the files in it, which may be as wide as `limit` without the x bits.
         """
         if self._off:
             return
@@ -55,14 +55,21 @@ def _mode_problems(path: Path, limit: int) -> list[tuple[str, str]]:
     if not stat.S_ISDIR(info.st_mode):
         mode = info.st_mode & 0o777
         if mode & ~limit:
-            return [(f"mode {mode:04o} is wider than {limit:04o}", f"chmod {limit:04o} {shlex.quote(str(path))}")]
+            return [
+                (f"mode {mode:04o} is wider than {limit:04o}", f"chmod {limit:04o} {shlex.quote(str(path))}")
+            ]
         return []
     wide = [name for name, mode in _modes_inside(path) if mode & ~(limit & 0o666)]
     mode = info.st_mode & 0o777
     if mode & ~limit or wide:
         what = f"mode {mode:04o}" if mode & ~limit else f"mode of {', '.join(sorted(wide)[:3])}"
         command = f"chmod -R u=rwX,g=rX,o= {shlex.quote(str(path))}"
-        return [(f"{what} is wider than {limit:04o} for the directory, {limit & 0o666:04o} for its files", command)]
+        return [
+            (
+                f"{what} is wider than {limit:04o} for the directory, {limit & 0o666:04o} for its files",
+                command,
+            )
+        ]
     return []
 
 
@@ -80,10 +87,12 @@ def _owner_problems(path: Path) -> list[tuple[str, str]]:
     return [(f"belongs to uid {owner}, not {wanted}", f"chown {option}{wanted} {shlex.quote(str(path))}")]
 
 
-# --- certificates ----------------------------------------------------------------------------------------
+# --- certificates ---
 
 
-def find_tls_files(plane: Plane, root: Path, values: Values, permissions: Permissions, report: Report) -> TlsFiles | None:
+def find_tls_files(
+    plane: Plane, root: Path, values: Values, permissions: Permissions, report: Report
+) -> TlsFiles | None:
     """The certificate set of a listener whose first plane is `plane`; None when a finding was added.
 
     Only presence, place and permissions are judged here; what the files hold is judged in endpoint/tls.py.
@@ -98,9 +107,11 @@ def find_tls_files(plane: Plane, root: Path, values: Values, permissions: Permis
     if values.has(f"{prefix}PkPwd") and values.text(f"{prefix}PkPwd"):
         password = place.one(f"{prefix}PkPwd", values, secret=True)
     crl_files: tuple[Path, ...] = ()
-    wants_crl = all(values.has(path) and values.raw(path) for path in (f"{prefix}CrlPath", f"{prefix}CrlFiles"))
+    wants_crl = all(
+        values.has(path) and values.raw(path) for path in (f"{prefix}CrlPath", f"{prefix}CrlFiles")
+    )
     if wants_crl:
-        hint = f', or set {prefix}CrlFiles to [] to disable revocation checks'
+        hint = f", or set {prefix}CrlFiles to [] to disable revocation checks"
         crl_files = place.many(f"{prefix}CrlPath", f"{prefix}CrlFiles", values, hint)
     if certificate is None or key is None or len(report.findings) > before:
         return None
@@ -135,7 +146,7 @@ class _SecuredFiles:
         if not values.has(key):
             return False  # has a finding of its own already
         if values.raw(key) is None:
-            self._report.absent(key, f"a path below {self._root}, or set {SERVER}.httpsEnabled=false")
+            self._report.absent(key, f"a path below {self._root}, or set httpsEnabled=false")
             return False
         return True
 
@@ -143,7 +154,7 @@ class _SecuredFiles:
         path = Path(os.path.normpath(f"{self._root}/{relative}"))
         wrong = self._fault(path)
         if wrong:
-            allowed = f"a readable file below {self._root}, or set {SERVER}.httpsEnabled=false{hint}"
+            allowed = f"a readable file below {self._root}, or set httpsEnabled=false{hint}"
             self._report.refuse(key, value, wrong, allowed)
             return None
         self._permissions.check(key, value, path, SECRET_MODE if secret else FILE_MODE, secret)
@@ -163,7 +174,7 @@ class _SecuredFiles:
         return None if os.access(path, os.R_OK) else f"cannot be read: {path}"
 
 
-# --- model directory -------------------------------------------------------------------------------------
+# --- model directory ---
 
 _WEIGHT_PATH = f"{MODEL}.modelWeightPath"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -239,8 +250,8 @@ def _check_model_config(path: Path, given: str, values: Values, report: Report) 
     longest, seq_len = config.get("max_position_embeddings"), f"{DEPLOY}.maxSeqLen"
     if isinstance(longest, int) and values.has(seq_len) and values.integer(seq_len) > longest:
         report.warn(
-            f"{seq_len}={values.integer(seq_len)}: longer than the model's max_position_embeddings={longest}; "
-            "texts beyond that lose accuracy"
+            f"{seq_len}={values.integer(seq_len)}: longer than the model's "
+            f"max_position_embeddings={longest}; texts beyond that lose accuracy"
         )
 
 

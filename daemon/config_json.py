@@ -1,4 +1,4 @@
-"""Strict JSON: no duplicate keys, no NaN or Infinity, bounded depth; every such fault with its dotted path."""
+"""Strict JSON: no duplicate keys, no NaN or Infinity, bounded depth; every fault with its dotted path."""
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ class Report:
         """From now on findings about `key` name the environment variable that supplied its value."""
         self._sources[key] = variable
 
-    def refuse(self, key: str, value: object, wrong: str, allowed: str, see: tuple[str, object] | None = None) -> None:
+    def refuse(
+        self, key: str, value: object, wrong: str, allowed: str, see: tuple[str, object] | None = None
+    ) -> None:
         self._add(key, shown(value), wrong, allowed, see)
 
     def absent(self, key: str, allowed: str) -> None:

@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 
 from daemon.config_json import VALUE_DEPTH, parse_json
 from daemon.config_report import Report, shown
-from daemon.config_schema import BACKEND, DEPLOY, KV_POOL, MODEL, RUNTIME, SCHEDULE, SERVER, U32_MAX, parse_address
+from daemon.config_schema import (
+    BACKEND,
+    DEPLOY,
+    KV_POOL,
+    MODEL,
+    RUNTIME,
+    SCHEDULE,
+    SERVER,
+    U32_MAX,
+    parse_address,
+)
 from daemon.config_values import Values
 from daemon.listeners import merge_planes
 
@@ -46,7 +56,7 @@ def check_rules(values: Values, report: Report) -> None:
             report.warn(f"{path}={shown(values.raw(path))}: {note}")
 
 
-# --- plugin_params ---------------------------------------------------------------------------------------
+# --- plugin_params ---
 
 
 def _read_plugins(values: Values, report: Report) -> None:
@@ -93,7 +103,7 @@ def _plugins_usable(names: tuple[str, ...], given: object, report: Report) -> bo
     return usable
 
 
-# --- cross-field rules, numbered as in the configuration contract --------------------------------------------
+# --- cross-field rules, numbered as in the configuration contract ---
 
 
 def _device_lists(values: Values, report: Report) -> None:  # R1
@@ -145,7 +155,9 @@ def _at_most_max_batch(key: str) -> Rule:  # R4, first half of R5, R6
 def _swap_needs_memory(values: Values, report: Report) -> None:  # second half of R5
     preempt, memory = f"{SCHEDULE}.maxPreemptCount", f"{MODEL}.cpuMemSize"
     if values.integer(preempt) > 0 and values.integer(memory) == 0:
-        report.refuse(memory, 0, "swapping needs host memory", f"[1, {U32_MAX}]", (preempt, values.integer(preempt)))
+        report.refuse(
+            memory, 0, "swapping needs host memory", f"[1, {U32_MAX}]", (preempt, values.integer(preempt))
+        )
 
 
 def _lengths(values: Values, report: Report) -> None:  # R7
@@ -153,7 +165,9 @@ def _lengths(values: Values, report: Report) -> None:  # R7
     if seq_len == 1:
         report.refuse(_MAX_SEQ, 1, "no room for a prompt token and a new one", f"[2, {U32_MAX}]")
     if prompt > seq_len:
-        report.warn(f"{_MAX_INPUT}={prompt}: larger than {_MAX_SEQ}={seq_len}; prompts are limited to {seq_len - 1}")
+        report.warn(
+            f"{_MAX_INPUT}={prompt}: larger than {_MAX_SEQ}={seq_len}; prompts are limited to {seq_len - 1}"
+        )
 
 
 def _output_fits(values: Values, report: Report) -> None:  # R7
@@ -191,7 +205,13 @@ def _experts_parallel(values: Values, report: Report) -> None:  # R8
 def _mix_and_splitfuse(values: Values, report: Report) -> None:  # R9
     template, splitfuse = values.text(_TEMPLATE), "splitfuse" in values.raw(PLUGIN_PARAMS)
     if template == "Mix" and not splitfuse:
-        report.refuse(_TEMPLATE, template, "needs splitfuse in plugin_params", '"Standard"', (PLUGIN_PARAMS, "splitfuse"))
+        report.refuse(
+            _TEMPLATE,
+            template,
+            "needs splitfuse in plugin_params",
+            '"Standard"',
+            (PLUGIN_PARAMS, "splitfuse"),
+        )
     if splitfuse and template != "Mix":
         report.refuse(_TEMPLATE, template, "splitfuse in plugin_params needs templateType Mix", '"Mix"')
 
@@ -200,7 +220,13 @@ def _node_port(values: Values, report: Report) -> None:  # R10
     path, other = f"{SERVER}.port", f"{BACKEND}.multiNodesInferPort"
     if values.integer(path) == values.integer(other):
         wrong = f"same as {other}"
-        report.refuse(path, values.integer(path), wrong, "[1024, 65535] but not that port", (other, values.integer(other)))
+        report.refuse(
+            path,
+            values.integer(path),
+            wrong,
+            "[1024, 65535] but not that port",
+            (other, values.integer(other)),
+        )
 
 
 def _all_zero(key: str) -> Rule:  # R11
@@ -213,7 +239,9 @@ def _all_zero(key: str) -> Rule:  # R11
             return
         inner = getattr(address, "ipv4_mapped", None) or address
         if inner.is_unspecified:
-            report.refuse(path, text, "listens on every address of this host", "a single address", (switch, False))
+            report.refuse(
+                path, text, "listens on every address of this host", "a single address", (switch, False)
+            )
 
     return Rule((path, switch), check)
 
@@ -225,7 +253,9 @@ def _splitfuse_company(values: Values, report: Report) -> None:  # R13
     if values.integer(stage) == 2:
         report.refuse(stage, 2, "cannot be combined with splitfuse", "0, 1", (PLUGIN_PARAMS, "splitfuse"))
     if values.flag(dynamic):
-        report.refuse(dynamic, True, "cannot be combined with splitfuse", "false", (PLUGIN_PARAMS, "splitfuse"))
+        report.refuse(
+            dynamic, True, "cannot be combined with splitfuse", "false", (PLUGIN_PARAMS, "splitfuse")
+        )
 
 
 def _partial_prefills(values: Values, report: Report) -> None:  # R15
@@ -248,7 +278,9 @@ def _layout(values: Values, report: Report) -> None:
     ports = server_ports(values)
     if merge_planes(*server_addresses(values), *ports) is None:
         wrong = "same as the business port, but managementPort differs"
-        report.refuse(path, ports[2], wrong, f"managementPort={ports[1]}, or a port of its own", (other, ports[1]))
+        report.refuse(
+            path, ports[2], wrong, f"managementPort={ports[1]}, or a port of its own", (other, ports[1])
+        )
 
 
 def _block_size(values: Values, report: Report) -> None:
@@ -257,7 +289,9 @@ def _block_size(values: Values, report: Report) -> None:
     if size % 16 == 0:
         return
     if values.text(f"{RUNTIME}.deviceType") == "npu":
-        report.refuse(path, size, "not a multiple of 16", "16, 32, 48, ... 128", (f"{RUNTIME}.deviceType", "npu"))
+        report.refuse(
+            path, size, "not a multiple of 16", "16, 32, 48, ... 128", (f"{RUNTIME}.deviceType", "npu")
+        )
     else:
         report.warn(f"{path}={size}: not a multiple of 16, which an NPU would refuse")
 
@@ -279,12 +313,16 @@ RULES: tuple[Rule, ...] = (
     _all_zero("ipAddress"),
     _all_zero("managementIpAddress"),
     Rule(
-        (PLUGIN_PARAMS, f"{SCHEDULE}.stageSelectPolicy", f"{SCHEDULE}.dynamicBatchSizeEnable"), _splitfuse_company
+        (PLUGIN_PARAMS, f"{SCHEDULE}.stageSelectPolicy", f"{SCHEDULE}.dynamicBatchSizeEnable"),
+        _splitfuse_company,
     ),
     Rule((f"{SCHEDULE}.maxLongPartialPrefills", f"{SCHEDULE}.maxNumPartialPrefills"), _partial_prefills),
     Rule((f"{SCHEDULE}.prefillChunkSize", _PREFILL_TOKENS), _chunk_fits),
     Rule(
-        tuple(f"{SERVER}.{key}" for key in ("ipAddress", "managementIpAddress", "port", "managementPort", "metricsPort")),
+        tuple(
+            f"{SERVER}.{key}"
+            for key in ("ipAddress", "managementIpAddress", "port", "managementPort", "metricsPort")
+        ),
         _layout,
     ),
     Rule((f"{SCHEDULE}.cacheBlockSize", f"{RUNTIME}.deviceType"), _block_size),
@@ -295,7 +333,9 @@ def server_addresses(values: Values) -> tuple[str, str]:
     """Bind addresses of the business and the other two planes, without brackets."""
     business = values.text(f"{SERVER}.ipAddress")
     management = values.raw(f"{SERVER}.managementIpAddress")
-    return str(parse_address(business)), str(parse_address(management if management is not None else business))
+    return str(parse_address(business)), str(
+        parse_address(management if management is not None else business)
+    )
 
 
 def server_ports(values: Values) -> tuple[int, int, int]:
@@ -305,7 +345,7 @@ def server_ports(values: Values) -> tuple[int, int, int]:
     return port, port if management is None else management, values.integer(f"{SERVER}.metricsPort")
 
 
-# --- what this build does not do -------------------------------------------------------------------------
+# --- what this build does not do ---
 
 
 class Unsupported(NamedTuple):
@@ -327,7 +367,9 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(f"{KV_POOL}.backend", ("",), '""'),
     Unsupported(f"{DEPLOY}.LoraModules", ((), []), "[], or leave the key out"),
     Unsupported(f"{MODEL}.modelInstanceType", ("standard", "targetmodel", "assistantmodel"), '"Standard"'),
-    Unsupported(_WORLD, (1,), "1, with one device id in each list of npuDeviceIds (no tensor parallelism yet)"),
+    Unsupported(
+        _WORLD, (1,), "1, with one device id in each list of npuDeviceIds (no tensor parallelism yet)"
+    ),
     Unsupported(f"{SCHEDULE}.distributedEnable", (False,), "false"),
 )
 

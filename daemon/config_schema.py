@@ -182,7 +182,7 @@ class Section:
 
 
 def _tls_keys() -> tuple[Key, ...]:
-    """Certificate keys of the three planes. Whether one is needed depends on the listeners: config_files.py."""
+    """Certificate keys of the three planes; config_files.py knows which of them are needed."""
     keys = [Key("tlsCaPath", "path", None)]
     for prefix in ("tls", "managementTls", "metricsTls"):
         keys += [
@@ -255,7 +255,8 @@ SECTIONS: tuple[Section, ...] = (
             Key("cpuThreads", "int", 0, 0, 4096),
             Key("workerInitTimeoutSec", "int", 7200, 10, 86400),
             Key("gracefulStopTimeoutSec", "int", 30, 0, 600),
-            Key("ipcDir", "string", "", pattern=r"[^\x00\ud800-\udfff]{0,60}", allowed="at most 60 characters"),
+            Key("ipcDir", "string", "", pattern=r"[^\x00\ud800-\udfff]{0,60}",
+                allowed="at most 60 characters"),
         ),
         required=False,
         strict=True,

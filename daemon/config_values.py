@@ -1,4 +1,4 @@
-"""From a parsed document to typed values by dotted path: types, ranges, defaults, unknown and ignored names."""
+"""From a parsed document to typed values by dotted path: types, ranges, defaults, stray names."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def read_values(document: Mapping[str, Any], report: Report) -> Values:
         report.warn("unknown keys, ignored: " + ", ".join(unknown))
     if ignored:
         groups = (
-            f"{path}.{names[0]} ({reason})" if len(names) == 1 else f"{path}.{{{', '.join(names)}}} ({reason})"
+            f"{path}.{names[0]} ({reason})"
+            if len(names) == 1
+            else f"{path}.{{{', '.join(names)}}} ({reason})"
             for (path, reason), names in ignored.items()
         )
         report.warn("keys without effect in this server, ignored: " + "; ".join(groups))
@@ -81,7 +83,7 @@ def read_values(document: Mapping[str, Any], report: Report) -> Values:
 
 
 def _sections(document: Mapping[str, Any], report: Report) -> list[tuple[Section, Mapping[str, Any]]]:
-    """Each section that can be read, parents before children. A child of a missing section is not mentioned."""
+    """Each section that can be read, parents first. A child of a missing section is not mentioned."""
     found: dict[str, Mapping[str, Any]] = {}
     for section in SECTIONS:
         parent_path, _, name = section.path.rpartition(".")
@@ -164,7 +166,9 @@ def _subsection_names(path: str) -> list[str]:
 
 
 def _ignored_reason(section_path: str, name: str) -> str | None:
-    return next((why for path, pattern, why in IGNORED if path == section_path and fnmatchcase(name, pattern)), None)
+    return next(
+        (why for path, pattern, why in IGNORED if path == section_path and fnmatchcase(name, pattern)), None
+    )
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
@@ -179,7 +183,12 @@ def _belongs(name: str) -> str:
 
 
 def _read_key(
-    section_path: str, key: Key, members: Mapping[str, Any], strangers: list[str], report: Report, values: Values
+    section_path: str,
+    key: Key,
+    members: Mapping[str, Any],
+    strangers: list[str],
+    report: Report,
+    values: Values,
 ) -> None:
     path = join(section_path, key.name)
     value = members.get(key.name, key.default)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from daemon.config_report import shown
 from engine.settings import LogSettings
@@ -12,60 +13,62 @@ from engine.settings import LogSettings
 DEFAULT_LOG = LogSettings(dynamic_level="", valid_hours=2, valid_time="")
 
 _LEVEL = r"(?i:debug|info|warn|error|critical)"
-_LEVELS = re.compile(rf"|{_LEVEL}|(\*|llm|llmmodels|server)\s*:\s*{_LEVEL}(\s*;\s*(\*|llm|llmmodels|server)\s*:\s*{_LEVEL})*;?")
-_TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+_PAIR = rf"\s*(\*|llm|llmmodels|server)\s*:\s*{_LEVEL}\s*"
+_LEVELS = re.compile(rf"|{_LEVEL}|{_PAIR}(;{_PAIR})*;?")
+
+
+def _is_level(value: object) -> bool:
+    return isinstance(value, str) and _LEVELS.fullmatch(value) is not None
+
+
+def _is_hours(value: object) -> bool:
+    return type(value) is int and 1 <= value <= 168
+
+
+def _is_time(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        return value == "" or datetime.strptime(value, "%Y-%m-%d %H:%M:%S") is not None
+    except ValueError:
+        return False
+
+
+class _Field(NamedTuple):
+    key: str
+    slot: str
+    is_good: Callable[[object], bool]
+    allowed: str
+
+
+_FIELDS = (
+    _Field(
+        "dynamicLogLevel", "dynamic_level", _is_level, '"", a level, or component:level pairs joined by ;'
+    ),
+    _Field("dynamicLogLevelValidHours", "valid_hours", _is_hours, "[1, 168]"),
+    _Field("dynamicLogLevelValidTime", "valid_time", _is_time, '"" or YYYY-MM-DD HH:MM:SS'),
+)
 
 
 def read_log_settings(section: Any, last_good: LogSettings = DEFAULT_LOG) -> tuple[LogSettings, list[str]]:
-    """The slice, and one warning for each value that was replaced by the last good one. No section: defaults."""
+    """The slice, and a warning for each value that had to be replaced by the last good one.
+
+    `section` is whatever LogConfig held; None means that the file has no such section.
+    """
     if section is None:
         return DEFAULT_LOG, []
     if not isinstance(section, dict):
         return last_good, [f"LogConfig={shown(section)}: not an object, ignored"]
-    warnings: list[str] = []
-
-    def pick(key: str, default: Any, last: Any, good: bool, allowed: str) -> Any:
-        if good:
-            return section.get(key, default)
-        warnings.append(f"LogConfig.{key}={shown(section[key])}: {shown(last)} is used instead; allowed: {allowed}")
-        return last
-
-    level, hours, time = (
-        section.get(key, default)
-        for key, default in (
-            ("dynamicLogLevel", ""),
-            ("dynamicLogLevelValidHours", 2),
-            ("dynamicLogLevelValidTime", ""),
-        )
-    )
-    settings = LogSettings(
-        dynamic_level=pick(
-            "dynamicLogLevel",
-            "",
-            last_good.dynamic_level,
-            isinstance(level, str) and _LEVELS.fullmatch(level) is not None,
-            '"", a level, or component:level pairs joined by ;',
-        ),
-        valid_hours=pick(
-            "dynamicLogLevelValidHours",
-            2,
-            last_good.valid_hours,
-            type(hours) is int and 1 <= hours <= 168,
-            "[1, 168]",
-        ),
-        valid_time=pick(
-            "dynamicLogLevelValidTime",
-            "",
-            last_good.valid_time,
-            isinstance(time, str) and _is_time(time),
-            '"" or YYYY-MM-DD HH:MM:SS',
-        ),
-    )
-    return settings, warnings
-
-
-def _is_time(text: str) -> bool:
-    try:
-        return text == "" or datetime.strptime(text, _TIME_FORMAT) is not None
-    except ValueError:
-        return False
+    slots: dict[str, Any] = {}
+    warnings = []
+    for field in _FIELDS:
+        value = section.get(field.key, getattr(DEFAULT_LOG, field.slot))
+        if not field.is_good(value):
+            kept = getattr(last_good, field.slot)
+            warnings.append(
+                f"LogConfig.{field.key}={shown(value)}: {shown(kept)} is used instead; "
+                f"allowed: {field.allowed}"
+            )
+            value = kept
+        slots[field.slot] = value
+    return LogSettings(**slots), warnings

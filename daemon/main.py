@@ -9,6 +9,7 @@ import resource
 import shutil
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -125,7 +126,9 @@ def _supervise(settings: ServerSettings, sockets: list[socket.socket], name: str
 
     limits = Limits(settings.worker_init_timeout_s, settings.graceful_stop_timeout_s)
     log.info("configuration %s, %d worker(s)", settings.config_file, num_workers)
-    return Supervisor(specs, entry, sockets, f"ipc://{run_dir}/ctl", limits).run()
+    # Once everybody is connected nobody needs the socket files: not even kill -9 leaves one behind then.
+    remove_run_dir = partial(shutil.rmtree, run_dir, ignore_errors=True)
+    return Supervisor(specs, entry, sockets, f"ipc://{run_dir}/ctl", limits, remove_run_dir).run()
 
 
 def _make_wire(settings: ServerSettings, name: str, run_dir: Path, instance: int) -> InstanceWire:

@@ -39,6 +39,7 @@ SUCCESS_LINE = "Daemon start success!"
 _TERM_GRACE_S = 15.0  # between TERM and KILL
 _DRAIN_SLACK_S = 3.0  # what the endpoint may need after its own deadline
 _FAILED_DRAIN_S = 2.0  # to end open streams with an error event after a death
+_IDLE_TURN_S = 3600.0  # nothing is due while serving
 _LAST_WORDS_S = 0.5  # a dying child's reason may arrive just after its SIGCHLD
 
 Entry = Callable[[ProcessSpec, ControlLink], int]
@@ -75,12 +76,14 @@ class Supervisor:
         listeners: Sequence[socket.socket],
         control_address: str,
         limits: Limits,
+        on_serving: Callable[[], None],
     ) -> None:
         self._specs = specs
         self._entry = entry
         self._listeners = listeners
         self._control_address = control_address
         self._limits = limits
+        self._on_serving = on_serving
         self._state = State.BOOTING
         self._deadline = 0.0
         self._exit_code = EXIT_OK
@@ -237,13 +240,14 @@ class Supervisor:
             self._signal_children(signal.SIGKILL)
             self._deadline = time.monotonic() + _TERM_GRACE_S
         else:
-            self._deadline = float("inf")
+            self._deadline = time.monotonic() + _IDLE_TURN_S
 
     # -- what is done about it ----------------------------------------------------------------------
 
     def _serve(self) -> None:
         self._state = State.SERVING
-        self._deadline = time.monotonic() + 3600.0  # nothing is due; the loop just turns
+        self._deadline = time.monotonic() + _IDLE_TURN_S
+        self._on_serving()
         log.info(SUCCESS_LINE)
         print(SUCCESS_LINE, flush=True)
 

@@ -126,6 +126,8 @@ class EngineClient:
         for link in self._links:
             self._on_events(link)  # what came before the reader was installed gives no edge
         await self._all_ready.wait()
+        while not all(link.commands.connected for link in self._links):
+            await asyncio.sleep(0.005)
         readies = [link.ready for link in self._links if link.ready is not None]
         return min(readies, key=lambda ready: (ready.max_prompt_tokens, ready.num_blocks))
 
@@ -166,7 +168,8 @@ class EngineClient:
                 slot = link.prompts.reserve()
             layout.write_prompt(slot, request_id, np.asarray(prompt_ids, np.int32))
             link.prompts.commit()
-            link.commands.send(Submit(request_id, len(prompt_ids), priority, sampling))
+            if not link.commands.send(Submit(request_id, len(prompt_ids), priority, sampling)):
+                raise ServiceUnavailable("the model instance died; try again later", retry_after_s=5)
         now = time.monotonic()
         flight = Flight(request_id, link, arrival, now, token_limit_s)
         self._flights[request_id] = flight

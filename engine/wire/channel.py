@@ -14,12 +14,13 @@ from engine.wire.messages import Message
 
 # A child that dies wants its last words delivered, but not to hang on a parent that is gone.
 _LINGER_MS = 1000
+_RECONNECT_MS = 10  # the other side may bind its file a moment after we connect
 # Frames are small (ids travel on rings); anything larger is not ours. libzmq drops the peer.
 _MAX_FRAME_BYTES = 1 << 20
 
 
 class Channel:
-    """One socket that sends or receives whole messages without blocking."""
+    """One socket that sends or receives whole messages."""
 
     def __init__(
         self,
@@ -37,6 +38,8 @@ class Channel:
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by admission, and dropping would lose a request
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # so that `connected` means a peer is there
         self.address = address
         if bind:
             self._socket.bind(address)
@@ -47,8 +50,21 @@ class Channel:
         """For select and event loops. Edge-triggered: after it fires, `receive` until it ends."""
         return int(self._socket.getsockopt(zmq.FD))
 
-    def send(self, message: Message) -> None:
-        self._socket.send(encode(message), zmq.DONTWAIT)
+    @property
+    def connected(self) -> bool:
+        """For a sending socket: whether its peer has been reached."""
+        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT)  # type: ignore[operator]
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        return bool(self._socket.poll(int(timeout_s * 1e3), zmq.POLLOUT))
+
+    def send(self, message: Message) -> bool:
+        """Never blocks; False when the peer is not there (not yet, or not any more)."""
+        try:
+            self._socket.send(encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
 
     def receive(self) -> Iterator[Message]:
         """Everything that has arrived. Raises WireError on a frame that is not a message."""

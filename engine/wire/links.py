@@ -11,6 +11,8 @@ from engine.wire.ring import Ring
 
 ENDPOINT = "endpoint"
 
+_CONNECT_S = 5.0  # the parent binds right after its last fork
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceWire:
@@ -31,4 +33,7 @@ class ControlLink:
     identity: str
 
     def open(self, context: zmq.Context[zmq.Socket[bytes]]) -> Channel:
-        return Channel(context, zmq.DEALER, self.address, identity=self.identity)
+        """Connected, unless the parent is busy dying."""
+        channel = Channel(context, zmq.DEALER, self.address, identity=self.identity)
+        channel.wait_connected(_CONNECT_S)
+        return channel

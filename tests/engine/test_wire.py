@@ -43,6 +43,7 @@ def test_channels_deliver_in_order(tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/cmd"
     pull = Channel(context, zmq.PULL, address, bind=True)
     push = Channel(context, zmq.PUSH, address)
+    assert push.wait_connected(5.0) and push.connected
     for number in range(500):
         push.send(m.Abort(number))
     got: list[m.Message] = []
@@ -58,6 +59,7 @@ def test_the_hub_tells_children_apart(tmp_path: Path) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     hub = ControlHub(context, f"ipc://{tmp_path}/ctl")
     child = Channel(context, zmq.DEALER, f"ipc://{tmp_path}/ctl", identity="worker.0.0")
+    assert child.wait_connected(5.0)
     child.send(m.Ready("here"))
     got: list[tuple[str, m.Message]] = []
     while not got:
@@ -153,3 +155,11 @@ def test_a_step_larger_than_a_slot_is_cut_without_loss() -> None:
     pieces = list(layout.token_records(outcomes))
     assert [len(piece) for piece in pieces] == [layout.ROWS_PER_SLOT, layout.ROWS_PER_SLOT, 3]
     assert [o for piece in pieces for o in piece] == outcomes
+
+
+def test_a_message_without_a_peer_is_reported_not_lost_silently(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    push = Channel(context, zmq.PUSH, f"ipc://{tmp_path}/nobody")
+    assert not push.send(m.Abort(1)) and not push.connected
+    push.close()
+    context.term()

@@ -1,0 +1,83 @@
+"""How every error looks over HTTP: the only place with status numbers."""
+
+from __future__ import annotations
+
+from engine.errors import (
+    BodyTooLarge,
+    EngineFailed,
+    GenerationRefused,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestTimeout,
+    ServerError,
+    ServiceUnavailable,
+)
+
+from endpoint import sse
+
+# status and error class, as clients see them
+STATUS: dict[type[ServerError], tuple[int, str]] = {
+    ServerError: (500, "Incomplete Generation"),
+    InvalidRequest: (422, "Input Validation Error"),
+    NotFound: (404, "NotFoundError"),
+    MethodNotAllowed: (405, "Method Not Allowed"),
+    BodyTooLarge: (413, "Request Entity Too Large"),
+    GenerationRefused: (424, "Generation Error"),
+    RequestTimeout: (500, "Incomplete Generation"),
+    EngineFailed: (500, "Incomplete Generation"),
+    ServiceUnavailable: (503, "Service Unavailable"),
+}
+
+_INTERNAL = "the server failed while handling this request; the server log has the details"
+
+
+def _row(error: BaseException) -> tuple[int, str]:
+    for base in type(error).__mro__:
+        if base in STATUS:
+            return STATUS[base]
+    return STATUS[ServerError]
+
+
+def status(error: BaseException) -> int:
+    """HTTP status of `error`; 500 for anything that is no ServerError."""
+    return _row(error)[0]
+
+
+def error_text(error: BaseException) -> str:
+    """The error object as JSON on one line; nothing of an unexpected exception's own text gets out."""
+    text = str(error) if isinstance(error, ServerError) else ""
+    text = text or _INTERNAL
+    name = _row(error)[1]
+    body = {"error": text, "error_type": name, "type": name}
+    if isinstance(error, BodyTooLarge):
+        body = {"message": text, **body}
+    return sse.dumps(body)
+
+
+def error_body(error: BaseException) -> bytes:
+    """JSON body of the answer to a request that failed."""
+    return error_text(error).encode()
+
+
+def error_headers(error: BaseException) -> dict[str, str]:
+    """Headers the status asks for, besides those of every JSON answer."""
+    if isinstance(error, MethodNotAllowed):
+        return {"Allow": ", ".join(error.allowed)}
+    if isinstance(error, ServiceUnavailable) and error.retry_after_s is not None:
+        return {"Retry-After": str(error.retry_after_s)}
+    return {}
+
+
+def body_too_large(max_request_bytes: int) -> BodyTooLarge:
+    """`max_request_bytes`: the limit, a whole number of MiB."""
+    return BodyTooLarge(f"Request body too large. Maximum allowed size is {max_request_bytes >> 20}MB.")
+
+
+def unknown_path() -> NotFound:
+    # the path itself stays out of the text: it is the client's bytes, unchecked
+    return NotFound("there is no such path on this address; see the list of routes in the documentation")
+
+
+def wrong_method(allowed: tuple[str, ...]) -> MethodNotAllowed:
+    return MethodNotAllowed(f"this path does not take the method used; send {' or '.join(allowed)}", allowed)

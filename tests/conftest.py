@@ -1,0 +1,55 @@
+"""Fixtures shared by everything that starts the daemon."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Daemon, Installation, Json, eventually, leftovers
+
+
+@pytest.fixture(scope="session")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    return Installation(tmp_path_factory.mktemp("installation"))
+
+
+@pytest.fixture
+def make_daemon(installation: Installation) -> Iterator[Callable[..., Daemon]]:
+    """Makes daemons for one test; all are killed at its end and must then have left nothing."""
+    before = leftovers()
+    made: list[Daemon] = []
+
+    def make(changes: Json | None = None, **options: object) -> Daemon:
+        made.append(installation.daemon(changes, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for daemon in made:
+        if daemon.process is not None and daemon.process.poll() is None:
+            daemon.process.send_signal(signal.SIGKILL)
+            daemon.process.wait()
+    eventually(lambda: leftovers() <= before, 5.0, f"a clean machine (before: {before})")
+
+
+@pytest.fixture(scope="module")
+def server(installation: Installation) -> Iterator[Daemon]:
+    """One running daemon for the tests of a module, over plain HTTP."""
+    daemon = installation.daemon().start().wait_ready()
+    yield daemon
+    assert daemon.stop() == 0, daemon.stderr
+
+
+@pytest.fixture(scope="module")
+def https_server(installation: Installation) -> Iterator[Daemon]:
+    """One running daemon for the tests of a module, under mutual TLS as the stock config has it."""
+    daemon = installation.daemon(https=True).start().wait_ready()
+    yield daemon
+    assert daemon.stop() == 0, daemon.stderr
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    del config
+    assert Path("/dev/shm").is_dir(), "these tests need /dev/shm"
