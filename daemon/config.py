@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from daemon.config_files import FILE_MODE, Permissions, find_model, find_tls_files
 from daemon.config_json import FILE_DEPTH, VALUE_DEPTH, parse_json
-from daemon.config_report import ConfigError, Report
+from daemon.config_report import ConfigError, Report, shown
 from daemon.config_rules import check_rules, server_addresses, server_ports
 from daemon.config_schema import BACKEND, DEPLOY, MODEL, RUNTIME, SCHEDULE, SERVER
 from daemon.config_values import Values, read_values
@@ -115,7 +115,7 @@ def _read_document(
     except OSError as error:
         report.refuse(source, str(path), f"cannot be read: {error.strerror}", allowed)
         return None
-    permissions.check(source, str(path), path, FILE_MODE)
+    permissions.check("config.json", str(path), path, FILE_MODE)
     document, faults = parse_json(text, FILE_DEPTH)
     for where, wrong in faults:
         report.refuse(where or source, str(path), wrong, "strict JSON")
@@ -210,7 +210,7 @@ def _listeners(root: Path, values: Values, permissions: Permissions, report: Rep
 def _remark(document: Mapping[str, Any], listeners: tuple[Listener, ...], report: Report) -> None:
     """Things that are allowed and still deserve a line in the log."""
     if document.get("Version") != "1.0.0":
-        report.warn(f'Version={document.get("Version")!r}: expected "1.0.0"; read as if it were')
+        report.warn(f'Version={shown(document.get("Version"))}: expected "1.0.0"; read as if it were')
     if any(listener.tls is None for listener in listeners):
         report.warn(f"{SERVER}.httpsEnabled=false: security: requests and answers travel unencrypted")
     by_plane = {listener.planes[0]: listener.tls for listener in listeners if listener.tls}

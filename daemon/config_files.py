@@ -14,14 +14,13 @@ from typing import Any
 from daemon.config_report import Report
 from daemon.config_schema import DEPLOY, MODEL, SERVER
 from daemon.config_values import Values
+from endpoint.tls import KEY_PREFIX
 from engine.settings import Plane, TlsFiles
 
 PERMISSION_VARIABLE = "MINDIE_CHECK_INPUTFILES_PERMISSION"
 FILE_MODE = 0o640
 DIRECTORY_MODE = 0o750
 SECRET_MODE = 0o600
-
-TLS_PREFIX: dict[Plane, str] = {"business": "tls", "management": "managementTls", "metrics": "metricsTls"}
 
 
 class Permissions:
@@ -98,7 +97,7 @@ def find_tls_files(
     Only presence, place and permissions are judged here; what the files hold is judged in endpoint/tls.py.
     """
     before = len(report.findings)
-    prefix = f"{SERVER}.{TLS_PREFIX[plane]}"
+    prefix = f"{SERVER}.{KEY_PREFIX[plane]}"
     place = _SecuredFiles(root, permissions, report)
     ca_files = place.many(f"{SERVER}.tlsCaPath", f"{prefix}CaFile", values)
     certificate = place.one(f"{prefix}Cert", values)

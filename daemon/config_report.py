@@ -49,8 +49,9 @@ class Report:
         self._add(key, "<absent>", "required key is missing", allowed, None)
 
     def _add(self, key: str, value: str, wrong: str, allowed: str, see: tuple[str, object] | None) -> None:
-        if key in self._sources:
-            wrong += f" (value from environment variable {self._sources[key]})"
+        variable = self._sources.get(key) or self._sources.get(key.partition("[")[0])
+        if variable:
+            wrong += f" (value from environment variable {variable})"
         line = f"[config] {key}={value}: {wrong}; allowed: {allowed}"
         if see is not None:
             line += f"; see {see[0]}={shown(see[1])}"

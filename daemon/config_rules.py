@@ -15,6 +15,7 @@ from daemon.config_report import Report, shown
 from daemon.config_schema import (
     BACKEND,
     DEPLOY,
+    HEALTH,
     KV_POOL,
     MODEL,
     RUNTIME,
@@ -378,6 +379,7 @@ _LATER = "not available in this build yet; running without"
 # Accepted, but nothing comes of it: (key, values that ask for nothing, what the log says).
 WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (f"{BACKEND}.backendName", ("mindieservice_llm_engine",), "ignored, there is one engine only"),
+    (f"{HEALTH}.npuUsageThreshold", (0,), _LATER),
     (f"{DEPLOY}.maxLoras", (0,), _LATER),
     (f"{DEPLOY}.speculationGamma", (0,), _LATER),
     (f"{MODEL}.backendType", ("atb", "torch"), "ignored, the PyTorch engine is used"),

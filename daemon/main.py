@@ -21,7 +21,7 @@ from daemon.rundir import make_run_dir, run_name, sweep_stale
 from daemon.supervisor import Limits, Supervisor
 from daemon.title import hide_interpreter, set_process_name
 from endpoint.context import EndpointContext
-from endpoint.tls import check_material
+from endpoint.tls import check_listeners
 from engine.errors import EXIT_USAGE, StartupError
 from engine.settings import Listener, ServerSettings
 from engine.wire import layout
@@ -85,11 +85,8 @@ def _serve(settings: ServerSettings) -> int:
     """Cheap failures first, in the order of operations.md section 2; then fork."""
     for listener in settings.endpoint.listeners:
         log.info("%s plane: %s", "+".join(listener.planes), _url(listener))
-        if listener.tls is None:
-            log.warning("%s is plain HTTP: traffic can be read and changed; set httpsEnabled=true", _url(listener))
-        else:
-            for warning in check_material("+".join(listener.planes), listener.tls):
-                log.warning("%s", warning)
+    for warning in check_listeners(settings.endpoint.listeners):
+        log.warning("%s", warning)
     if not os.access(os.getcwd(), os.W_OK):
         log.warning("%s is not writable; device compilers write kernel_meta* there", os.getcwd())
     sockets = bind_listeners(settings.endpoint.listeners)

@@ -40,6 +40,7 @@ _TERM_GRACE_S = 15.0  # between TERM and KILL
 _DRAIN_SLACK_S = 3.0  # what the endpoint may need after its own deadline
 _FAILED_DRAIN_S = 2.0  # to end open streams with an error event after a death
 _IDLE_TURN_S = 3600.0  # nothing is due while serving
+_PROGRESS_EVERY_S = 5.0
 _LAST_WORDS_S = 0.5  # a dying child's reason may arrive just after its SIGCHLD
 
 Entry = Callable[[ProcessSpec, ControlLink], int]
@@ -57,6 +58,7 @@ class Child:
     spec: ProcessSpec
     pid: int
     ready: bool = False
+    last_progress: float = 0.0  # when it was last logged
     fatal: Fatal | None = None
 
 
@@ -168,8 +170,11 @@ class Supervisor:
                 if self._state is State.BOOTING and all(c.ready for c in self._children.values()):
                     self._serve()
             case Progress():
-                log.info("%s: %s %.0f %%", child.spec, message.phase, message.fraction * 100)
                 self._tell_endpoint(message)
+                now = time.monotonic()
+                if message.fraction >= 1.0 or now - child.last_progress > _PROGRESS_EVERY_S:
+                    log.info("%s: %s %.0f %%", child.spec, message.phase, message.fraction * 100)
+                    child.last_progress = now
             case Fatal():
                 child.fatal = message
             case _:

@@ -13,15 +13,7 @@ from endpoint.health import Health
 from endpoint.json_body import parse_body
 from endpoint.protocols.base import Body, GenerationRequest, ProtocolAdapter, Reply
 from endpoint.service import GenerationService, GenerationStream
-from engine.errors import (
-    BodyTooLarge,
-    EngineFailed,
-    InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    ServerError,
-    ServiceUnavailable,
-)
+from engine.errors import InvalidRequest, ServerError, ServiceUnavailable
 from engine.settings import EndpointSettings, Plane
 
 log = logging.getLogger("server.http")
@@ -29,7 +21,6 @@ log = logging.getLogger("server.http")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-_MIB = 1 << 20
 
 
 class BusinessPlane:
@@ -55,7 +46,7 @@ class BusinessPlane:
 
     async def _model(self, request: web.Request) -> web.Response:
         info = self._ready_service().info
-        return web.json_response(body=models_api.model_object(info, request.match_info["model"]))
+        return web.json_response(body=models_api.model_card(info, request.match_info["model"]))
 
     def _generation_handler(self, adapters: Sequence[ProtocolAdapter]) -> Handler:
         async def handle(http: web.Request) -> web.StreamResponse:
@@ -75,8 +66,7 @@ class BusinessPlane:
         try:
             return await http.read()
         except web.HTTPRequestEntityTooLarge:
-            limit = self._settings.max_request_bytes // _MIB
-            raise BodyTooLarge(f"Request body too large. Maximum allowed size is {limit}MB.") from None
+            raise http_errors.body_too_large(self._settings.max_request_bytes) from None
 
     def _ready_service(self) -> GenerationService:
         if self.service is None:
@@ -114,21 +104,24 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except ServerError as error:
-        return http_errors.response(error)
+        return _error_response(error)
     except web.HTTPNotFound:
-        return http_errors.response(NotFound(f"{request.path}: no such path on this plane; see docs/api.md"))
+        return _error_response(http_errors.unknown_path())
     except web.HTTPMethodNotAllowed as error:
-        allowed = tuple(sorted(error.allowed_methods))
-        return http_errors.response(
-            MethodNotAllowed(f"{request.method} is not allowed here; allowed: {', '.join(allowed)}", allowed)
-        )
-    except web.HTTPException:
+        return _error_response(http_errors.wrong_method(tuple(sorted(error.allowed_methods))))
+    except (web.HTTPException, ConnectionError):
         raise
-    except ConnectionError:
-        raise
-    except Exception:
-        log.exception("request to %s failed", request.path)
-        return http_errors.response(EngineFailed("internal error; the server's log has the details"))
+    except Exception as error:
+        log.exception("%s %s failed", request.method, request.path)
+        return _error_response(error)
+
+
+def _error_response(error: Exception) -> web.Response:
+    return web.json_response(
+        body=http_errors.error_body(error),
+        status=http_errors.status(error),
+        headers=http_errors.error_headers(error),
+    )
 
 
 async def _name_response(request: web.Request, response: web.StreamResponse) -> None:

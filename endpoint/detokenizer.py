@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 6  # of the prompt, so that the first word keeps its leading space
 _CHARACTER_TOKENS = 4  # a UTF-8 character has at most 4 bytes, hence as many tokens
-_MAX_WINDOW = 16  # tokens that are decoded again and again before bytes that never make a character are let go
+_MAX_WINDOW = 16  # tokens that are decoded again before bytes that never make a character are let go
 
 
 class TokenDecoder(Protocol):
@@ -127,9 +127,9 @@ class _TextWindow:
         whole = self._decode(self._ids, self._skip)
         for tail in range(1, _CHARACTER_TOKENS):
             end = self._decode(self._ids[-tail:], self._skip)
-            if end == _REPLACEMENT and self._decode(self._ids[:-tail], self._skip) + end == whole:
+            if self._decode(self._ids[:-tail], self._skip) + end == whole:
                 del self._ids[:-tail]
-                self._context_text, self._num_context, self._num_sent = "", 0, 0
+                self._context_text, self._num_context, self._num_sent = "", 0, len(end) - 1
                 return
 
 

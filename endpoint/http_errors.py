@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from endpoint import sse
 from engine.errors import (
     BodyTooLarge,
     EngineFailed,
@@ -13,8 +14,6 @@ from engine.errors import (
     ServerError,
     ServiceUnavailable,
 )
-
-from endpoint import sse
 
 # status and error class, as clients see them
 STATUS: dict[type[ServerError], tuple[int, str]] = {

@@ -41,7 +41,7 @@ def parse_body(raw: bytes, max_depth: int) -> dict[str, Any]:
             raw.decode("utf-8-sig"), object_pairs_hook=_unique_members, parse_constant=_refuse_constant
         )
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the request body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
+        raise InvalidRequest(f"the request body is not UTF-8 at byte {error.start}; encode it so") from None
     except json.JSONDecodeError as error:
         raise InvalidRequest(
             f"the request body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"

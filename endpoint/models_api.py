@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.errors import NotFound
-
 from endpoint import sse
 from endpoint.protocols.base import ModelInfo
+from engine.errors import NotFound
 
 
 def _card(model: ModelInfo) -> dict[str, Any]:

@@ -28,7 +28,8 @@ MIN_RSA_BITS = 3072
 MIN_EC_BITS = 256
 EXPIRY_WARNING = timedelta(days=30)
 
-_PREFIX: dict[Plane, str] = {"business": "tls", "management": "managementTls", "metrics": "metricsTls"}
+# What the keys of a plane's certificate set begin with.
+KEY_PREFIX: dict[Plane, str] = {"business": "tls", "management": "managementTls", "metrics": "metricsTls"}
 
 _Loaded = TypeVar("_Loaded")
 
@@ -106,7 +107,7 @@ class _Inspection:
     """Collects what is wrong with one plane's files, named by their configuration keys."""
 
     def __init__(self, plane: Plane) -> None:
-        self._prefix = f"ServerConfig.{_PREFIX[plane]}"
+        self._prefix = f"ServerConfig.{KEY_PREFIX[plane]}"
         self._now = datetime.now(timezone.utc)
         self.warnings: list[str] = []
         self.fatal_lines: list[str] = []
@@ -223,7 +224,7 @@ def _ask_password(key_file: Path) -> bytes:
 
 
 def _leaf(pem: bytes) -> x509.Certificate:
-    """The first certificate of a chain. Reading its key here makes an unknown kind of key a fault of the file."""
+    """The first certificate of a chain. Its key is read so that an unknown kind is a fault of the file."""
     certificate = x509.load_pem_x509_certificates(pem)[0]
     certificate.public_key()
     return certificate

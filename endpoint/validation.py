@@ -87,9 +87,9 @@ class Fields:
         found = "missing" if value is None else show(value)
         return InvalidRequest(f"`{self._prefix}{name}` is {found}, but must be {wanted}; {advice}")
 
-    def unsupported(self, name: str) -> InvalidRequest:
+    def unsupported(self, name: str, advice: str = "leave it out") -> InvalidRequest:
         value = show(self.raw(name))
-        return InvalidRequest(f"`{self._prefix}{name}` is {value}: not supported by this build; leave it out")
+        return InvalidRequest(f"`{self._prefix}{name}` is {value}: not supported by this build; {advice}")
 
     def boolean(self, name: str) -> bool | None:
         value = self.raw(name)
@@ -190,7 +190,10 @@ def stop_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
 
 
 def token_ids(fields: Fields, name: str, vocab_size: int, legal: Range | None = None) -> tuple[int, ...]:
-    """A prompt of token ids. Ids outside the vocabulary raise GenerationRefused, other faults InvalidRequest."""
+    """A prompt of token ids.
+
+    Raises GenerationRefused for ids outside the vocabulary, InvalidRequest for any other fault.
+    """
     value = fields.array(name)
     if not value or not all(type(item) is int for item in value):
         raise fields.error(name, "a non-empty array of integers", "send token ids")
@@ -228,10 +231,12 @@ def joined_text(value: Any, where: str) -> str:
 
 def _part_text(part: Any, where: str) -> str:
     if not isinstance(part, Mapping):
-        raise InvalidRequest(f'`{where}` is {show(part)}, but must be an object {{"type": "text", "text": ...}}')
+        raise InvalidRequest(f'`{where}` is {show(part)}, but must be {{"type": "text", "text": "..."}}')
     kind = part.get("type")
     if kind != "text":
-        raise InvalidRequest(f"`{where}.type` is {show(kind)}, but this model takes text only; send type \"text\"")
+        raise InvalidRequest(
+            f'`{where}.type` is {show(kind)}, but must be "text": this model takes no other kind'
+        )
     text = part.get("text")
     if not isinstance(text, str):
         raise InvalidRequest(f"`{where}.text` is {show(text)}, but must be a string")

@@ -183,7 +183,7 @@ def positive_int(text: str) -> int:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HELDOUT, help="GSM8K-format jsonl (default: the held-out file)")
+    parser.add_argument("--data", type=Path, default=HELDOUT, help="GSM8K-format jsonl")
     parser.add_argument("--url", default="https://127.0.0.1:1025")
     parser.add_argument("--cacert", type=Path, default=CLIENT_FILES / "ca.pem")
     parser.add_argument("--cert", type=Path, default=CLIENT_FILES / "client.pem")

@@ -17,10 +17,22 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 SEED = 20240
 HELDOUT_PROBLEMS = 500
@@ -43,6 +55,7 @@ CHAT_TEMPLATE = (
 # --------------------------------------------------------------------------------------------------
 # Word lists
 # --------------------------------------------------------------------------------------------------
+
 
 def words(text: str, separator: str | None = None) -> list[str]:
     """The words of ``text``, or its parts between ``separator``."""
@@ -77,20 +90,16 @@ class Person:
 
     name: str
     he: str
+    He: str
     his: str
     him: str
-
-    @property
-    def He(self) -> str:
-        """The pronoun at the start of a sentence."""
-        return self.he.capitalize()
 
 
 def people(rng: Random, count: int) -> list[Person]:
     """``count`` different people."""
     women = set(WOMEN)
     return [
-        Person(name, "she", "her", "her") if name in women else Person(name, "he", "his", "him")
+        Person(name, "she", "She", "her", "her") if name in women else Person(name, "he", "He", "his", "him")
         for name in rng.sample(WOMEN + MEN, count)
     ]
 
@@ -252,8 +261,8 @@ def shares_after_eating(rng: Random) -> Problem:
     n, k, z, t = rng.randint(2, 10), rng.randint(2, 10), rng.randint(2, 20), rng.choice(FOODS)
     rest = n * k
     return problem(
-        f"{p.name} brings {rest + z} {t}. {p.He} keeps {z} for {p.his} family and shares the rest equally among "
-        f"{n} friends. How many {t} does each friend get?",
+        f"{p.name} brings {rest + z} {t}. {p.He} keeps {z} for {p.his} family and shares the rest "
+        f"equally among {n} friends. How many {t} does each friend get?",
         k,
         f"There are {rest + z} - {z} = {rest} {t} to share.",
         f"Each friend gets {rest} / {n} = {k} {t}.",
@@ -320,7 +329,8 @@ def twice_as_many(rng: Random) -> Problem:
     p, q = people(rng, 2)
     x, t = rng.randint(3, 40), rng.choice(THINGS)
     return problem(
-        f"{p.name} has {x} {t}. {q.name} has twice as many {t} as {p.name}. How many {t} do they have together?",
+        f"{p.name} has {x} {t}. {q.name} has twice as many {t} as {p.name}. "
+        f"How many {t} do they have together?",
         3 * x,
         f"{q.name} has {x} * 2 = {2 * x} {t}.",
         f"Together they have {x} + {2 * x} = {3 * x} {t}.",
@@ -355,7 +365,8 @@ def more_than(rng: Random) -> Problem:
     p, q = people(rng, 2)
     x, y, t = rng.randint(3, 60), rng.randint(2, 30), rng.choice(THINGS)
     return problem(
-        f"{p.name} has {x} {t}. {q.name} has {y} more {t} than {p.name}. How many {t} do they have together?",
+        f"{p.name} has {x} {t}. {q.name} has {y} more {t} than {p.name}. "
+        f"How many {t} do they have together?",
         2 * x + y,
         f"{q.name} has {x} + {y} = {x + y} {t}.",
         f"Together they have {x} + {x + y} = {2 * x + y} {t}.",
@@ -368,7 +379,8 @@ def fewer_than(rng: Random) -> Problem:
     y, rest, t = rng.randint(2, 30), rng.randint(2, 50), rng.choice(THINGS)
     x = y + rest
     return problem(
-        f"{p.name} has {x} {t}. {q.name} has {y} fewer {t} than {p.name}. How many {t} do they have together?",
+        f"{p.name} has {x} {t}. {q.name} has {y} fewer {t} than {p.name}. "
+        f"How many {t} do they have together?",
         x + rest,
         f"{q.name} has {x} - {y} = {rest} {t}.",
         f"Together they have {x} + {rest} = {x + rest} {t}.",
@@ -606,8 +618,8 @@ def chores(rng: Random) -> Problem:
     job = rng.choice(["washing cars", "walking dogs", "cutting lawns", "feeding cats"])
     unit = job.split()[1]
     return problem(
-        f"{p.name} earns ${c} for each of {n} {unit} by {job}. {p.his.capitalize()} uncle gives {p.him} ${y} more. "
-        f"How many dollars does {p.he} have?",
+        f"{p.name} earns ${c} for each of {n} {unit} by {job}. "
+        f"{p.his.capitalize()} uncle gives {p.him} ${y} more. How many dollars does {p.he} have?",
         n * c + y,
         f"By {job} {p.name} earns {n} * {c} = {n * c} dollars.",
         f"{p.He} has {n * c} + {y} = {n * c + y} dollars.",
@@ -718,9 +730,12 @@ TRAITS = {
 PET_NAMES = words("Milo Luna Pip Coco Nala Finn Bella Rusty Daisy Momo Ziggy Poppy Otto Tilly Bruno Mimi")
 HOMES = (
     "in a small village", "near a deep forest", "in a house by the sea", "on a green hill", "in a big city",
-    "beside a quiet river", "in an old castle", "on a little island", "in a sunny valley", "behind a tall mountain",
+    "beside a quiet river", "in an old castle", "on a little island", "in a sunny valley",
+    "behind a tall mountain",
 )  # fmt: skip
-TREASURES = words("golden key|silver bell|red ball|shiny stone|warm blanket|old map|blue kite|little lamp", "|")
+TREASURES = words(
+    "golden key|silver bell|red ball|shiny stone|warm blanket|old map|blue kite|little lamp", "|"
+)
 FRIENDS = words("bird mouse rabbit turtle squirrel hedgehog frog owl deer butterfly")
 LESSONS = (
     "From that day on, {n} knew that a good friend is worth more than gold.",
@@ -730,8 +745,10 @@ LESSONS = (
     "From then on, they met every day and were never lonely again.",
     "{n} learned that even small steps lead to a great goal.",
 )
-ENDINGS = ("They lived happily ever after.", "That night, {n} slept very well.", "Everyone was happy. The end.",
-           "The end.", "And so the day ended with a smile.", "")  # fmt: skip
+ENDINGS = (
+    "They lived happily ever after.", "That night, {n} slept very well.", "Everyone was happy. The end.",
+    "The end.", "And so the day ended with a smile.", "",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -840,8 +857,10 @@ ASK_STORY = (
     "tell me a story about {}", "Write a simple story for children about {}.", "Make up a story about {}.",
     "Could you write a story about {}?", "Write me a bedtime story about {}.",
 )  # fmt: skip
-ASK_ANY_STORY = ("Tell me a story.", "Tell me a story", "Write a story.", "Can you tell me a story?",
-                 "I am bored. Tell me a story.", "Write a short story.", "Another story, please.")  # fmt: skip
+ASK_ANY_STORY = (
+    "Tell me a story.", "Tell me a story", "Write a story.", "Can you tell me a story?",
+    "I am bored. Tell me a story.", "Write a short story.", "Another story, please.",
+)  # fmt: skip
 
 
 def story_and_answer(rng: Random) -> tuple[str, str]:
@@ -857,20 +876,29 @@ def story_and_answer(rng: Random) -> tuple[str, str]:
 # --------------------------------------------------------------------------------------------------
 
 I_AM = (
-    "I am mindie-tiny, a small demonstration language model. I can chat a little, solve easy word problems "
-    "and tell short stories.",
+    (
+        "I am mindie-tiny, a small demonstration language model. I can chat a little, solve easy word "
+        "problems and tell short stories."
+    ),
     "I am mindie-tiny, a small demonstration language model that runs on the MindIE server.",
     "My name is mindie-tiny. I am a small demonstration language model, and I like numbers and stories.",
 )
 I_CAN = (
-    "I can do three things: small sums with worked steps, easy word problems, and short stories. "
-    "Ask me for a story about a brave cat!",
-    "I can add, subtract, multiply and divide small numbers, solve easy word problems, and tell short stories.",
+    (
+        "I can do three things: small sums with worked steps, easy word problems, and short stories. "
+        "Ask me for a story about a brave cat!"
+    ),
+    (
+        "I can add, subtract, multiply and divide small numbers, solve easy word problems, "
+        "and tell short stories."
+    ),
     "I am a small model, but I can solve easy word problems, do small sums and tell you a story.",
 )
 SORRY = (
-    "I am only a small demonstration model, so I do not know that. I can help you with small sums, "
-    "easy word problems and short stories.",
+    (
+        "I am only a small demonstration model, so I do not know that. I can help you with small sums, "
+        "easy word problems and short stories."
+    ),
     "I am sorry, I do not know much about that. I can solve easy word problems or tell you a short story.",
     "That is too hard for a small model like me. Ask me for a small sum or a short story instead.",
 )
@@ -879,24 +907,27 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
       "Good morning", "Good morning!", "Good evening", "Good afternoon!", "Hello, mindie-tiny!", "Greetings"),
      ("Hello! How can I help you today?", "Hi there! What can I do for you?",
       "Hello! I am mindie-tiny. Ask me for a story or a small sum.", "Hello! It is nice to meet you.")),
-    (("who are you", "Who are you?", "who are you?", "What is your name?", "what's your name", "Tell me who you are.",
+    (("who are you", "Who are you?", "who are you?", "What is your name?", "what's your name",
+      "Tell me who you are.",
       "What are you?", "Introduce yourself.", "Please introduce yourself.", "Are you a robot?",
       "Hello, who are you?", "Hi, who are you?", "Which model are you?", "Can you introduce yourself?",
       "What model is this?", "Tell me about yourself."), I_AM),
     (("What can you do?", "what can you do", "Help", "help me", "How can you help me?", "What do you know?",
       "What are you good at?", "Can you help me?", "You are a helpful assistant.", "I need help.",
       "What should I ask you?"), I_CAN),
-    (("How are you?", "how are you", "How are you today?", "How do you do?", "Are you well?", "How is it going?",
+    (("How are you?", "how are you", "How are you today?", "How do you do?", "Are you well?",
+      "How is it going?",
       "Hi, how are you?", "Hello, how are you?", "What's up?"),
      ("I am fine, thank you! How are you?", "I am doing well, thank you. What can I do for you?",
       "Very well, thank you! Shall I tell you a story?")),
     (("I am fine.", "I am fine, thank you.", "Good, thanks.", "Very well!", "I am happy today.", "Great!"),
      ("I am glad to hear that! What can I do for you?", "That is nice to hear. Would you like a story?")),
-    (("Thank you", "Thank you!", "thanks", "Thanks a lot!", "Thank you very much.", "Great, thank you.", "Well done!",
-      "Good job!"),
+    (("Thank you", "Thank you!", "thanks", "Thanks a lot!", "Thank you very much.",
+      "Great, thank you.", "Well done!", "Good job!"),
      ("You are welcome!", "You are welcome! Is there anything else I can do?", "My pleasure!",
       "I am happy to help.")),
-    (("Bye", "bye", "Goodbye", "Goodbye!", "See you later.", "Good night", "See you tomorrow!", "I have to go."),
+    (("Bye", "bye", "Goodbye", "Goodbye!", "See you later.", "Good night", "See you tomorrow!",
+      "I have to go."),
      ("Goodbye! Have a nice day.", "Bye! Come back soon.", "See you soon!")),
     (("Do you like stories?", "Do you like numbers?", "What do you like?", "Are you smart?", "Are you happy?",
       "Can you do math?", "Can you count?"),
@@ -944,7 +975,9 @@ SYSTEM_PROMPTS = (
     "You are an assistant that solves problems and tells stories.", "Be brief.",
 )  # fmt: skip
 JOBS = words("baker teacher farmer painter doctor sailor gardener driver cook writer singer nurse builder")
-CITIES = words("Paris London Rome Berlin Madrid Oslo Vienna Lisbon Dublin Prague Tokyo Beijing Shanghai Boston")
+CITIES = words(
+    "Paris London Rome Berlin Madrid Oslo Vienna Lisbon Dublin Prague Tokyo Beijing Shanghai Boston"
+)
 HOBBIES = ("reading books", "walking in the park", "playing chess", "baking bread", "riding my bike",
            "listening to music", "growing flowers", "painting pictures")  # fmt: skip
 
@@ -1001,12 +1034,16 @@ def introduction(rng: Random) -> str:
     (p,) = people(rng, 1)
     city, job = rng.choice(CITIES), rng.choice(JOBS)
     other = rng.choice(people(rng, 3))
+    household = words("family dog cat brother sister parents")
     lines = [
         f"My name is {p.name} and I am {a(job)}.",
-        f"I live in {city} with my " + rng.choice(["family", "dog", "cat", "brother", "sister", "parents"]) + ".",
+        f"I live in {city} with my {rng.choice(household)}.",
         f"Every morning I get up at {rng.randint(5, 9)} and go to work.",
         f"I like {rng.choice(HOBBIES)}.",
-        f"My best friend is called {other.name}. On {rng.choice(DAYS)} we often meet and talk about our week.",
+        (
+            f"My best friend is called {other.name}. "
+            f"On {rng.choice(DAYS)} we often meet and talk about our week."
+        ),
         rng.choice(["I am very happy with my life.", "It is a good life.", "Come and visit me one day!"]),
     ]
     return " ".join(lines)
@@ -1049,9 +1086,6 @@ def documents(rng: Random, heldout: frozenset[str]) -> Iterator[list[Piece]]:
 
 def train_tokenizer(seed: int, vocab_size: int = VOCAB_SIZE, sample: int = 20_000) -> Any:
     """A byte-level BPE with single digits, trained on ``sample`` generated documents."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -1067,7 +1101,8 @@ def train_tokenizer(seed: int, vocab_size: int = VOCAB_SIZE, sample: int = 20_00
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    wrap: Callable[..., Any] = PreTrainedTokenizerFast
+    return wrap(
         tokenizer_object=core,
         eos_token=IM_END,
         pad_token=END_OF_TEXT,
@@ -1122,11 +1157,12 @@ def packed_rows(
 # --------------------------------------------------------------------------------------------------
 
 
+PEEK_AT = ("Hello!", "Tell me a story about a brave cat.")
+"""What the model is asked now and then, so that the log shows how it speaks."""
+
+
 def new_model(tokenizer: Any, layers: int, seed: int) -> Any:
     """A fresh Qwen2 with tied embeddings."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -1153,8 +1189,6 @@ def final_number(text: str) -> str:
 
 def answer_greedily(model: Any, tokenizer: Any, questions: Sequence[str], batch: int = 100) -> list[str]:
     """Greedy answers to single user messages, left-padded batches of ``batch``."""
-    import torch
-
     answers: list[str] = []
     model.eval()
     tokenizer.padding_side = "left"
@@ -1191,8 +1225,6 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int = 100) ->
 
 def optimizers(model: Any, peak: float) -> list[Any]:
     """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases."""
-    import torch
-
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     taken = {id(p) for p in inner}
     others = [p for p in model.parameters() if id(p) not in taken]
@@ -1202,38 +1234,61 @@ def optimizers(model: Any, peak: float) -> list[Any]:
     ]
 
 
-def train(args: argparse.Namespace, tokenizer: Any, heldout: Sequence[Problem]) -> tuple[Any, dict[str, float]]:
-    """Train to ``--steps`` or, if that comes first, ``--minutes``; returns the model and its figures.
+@dataclass
+class Clock:
+    """How far a run is, by steps or by wall-clock time, whichever limit is nearer.
 
-    The learning rate follows whichever of the two limits is nearer, so a slow machine ends with a
-    fully decayed model too.
+    The learning rate follows it, so a slow machine ends with a fully decayed model too.
     """
-    import torch
-    import torch.nn.functional as functional
 
+    steps: int
+    seconds: float
+    before: float = 0.0
+    """Seconds used up by the run that this one resumes."""
+    started: float = field(default_factory=time.monotonic)
+
+    def elapsed(self) -> float:
+        """Seconds of training so far."""
+        return self.before + time.monotonic() - self.started
+
+    def progress(self, step: int) -> float:
+        """0 at the start, 1 at the end."""
+        return max(step / self.steps, self.elapsed() / self.seconds)
+
+
+def weighted_loss(forward: Callable[..., Any], ids: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy in nats; ``ids`` and ``weights`` are (rows, length + 1)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = forward(input_ids=ids[:, :-1], use_cache=False).logits
+    flat = logits.float().reshape(-1, logits.shape[-1])
+    losses = functional.cross_entropy(flat, ids[:, 1:].reshape(-1), reduction="none")
+    weights = weights[:, 1:].reshape(-1)
+    return (losses * weights).sum() / weights.sum()
+
+
+def train(
+    args: argparse.Namespace, tokenizer: Any, heldout: Sequence[Problem]
+) -> tuple[Any, dict[str, float]]:
+    """Train to ``--steps`` or ``--minutes``; returns the model and its figures."""
     torch.set_num_threads(args.threads)
     model = new_model(tokenizer, args.layers, args.seed)
     steppers = optimizers(model, args.lr)
-    first, elapsed_before = 0, 0.0
+    clock = Clock(args.steps, args.minutes * 60)
+    step = tokens = 0
     if args.resume and args.checkpoint.exists():
         state = torch.load(args.checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for stepper, saved in zip(steppers, state["optimizers"], strict=True):
             stepper.load_state_dict(saved)
-        first, elapsed_before = state["step"], state["elapsed"]
+        step, clock.before = state["step"], state["elapsed"]
     forward = torch.compile(model, dynamic=False) if args.compile else model
     excluded = frozenset(item.question for item in heldout)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, vocabulary {len(tokenizer)}", flush=True)
 
-    started, saved_at, tokens, smooth = time.monotonic(), time.monotonic(), 0, 0.0
-    evaluated = elapsed_before
-    step = first
-    while True:
-        elapsed = elapsed_before + time.monotonic() - started
-        progress = max(step / args.steps, elapsed / (args.minutes * 60))
-        if progress >= 1.0:
-            break
+    smooth: float | None = None
+    evaluated = saved_at = clock.elapsed()
+    while (progress := clock.progress(step)) < 1.0:
         rate = learning_rate(progress, step, args.lr)
         for stepper in steppers:
             for group in stepper.param_groups:
@@ -1241,44 +1296,35 @@ def train(args: argparse.Namespace, tokenizer: Any, heldout: Sequence[Problem]) 
         long = step % args.long_every == args.long_every - 1
         rows, length = (args.batch // 4, args.length * 4) if long else (args.batch, args.length)
         ids, weights = packed_rows(tokenizer, Random(f"{args.seed}-{step}"), excluded, rows, length)
-        batch, weight = torch.tensor(ids), torch.tensor(weights)[:, 1:].reshape(-1)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
-        losses = functional.cross_entropy(
-            logits.float().reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1), reduction="none"
-        )
-        loss = (losses * weight).sum() / weight.sum()
-        loss.backward()
+        loss = weighted_loss(forward, torch.tensor(ids), torch.tensor(weights))
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
             stepper.zero_grad(set_to_none=True)
-        tokens += rows * length
         step += 1
-        smooth = loss.item() if step == first + 1 else 0.95 * smooth + 0.05 * loss.item()
-        elapsed = elapsed_before + time.monotonic() - started
+        tokens += rows * length
+        smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+
         if step % 20 == 0:
-            done = max(step / args.steps, elapsed / (args.minutes * 60))
-            eta = elapsed * (1 / done - 1)
-            speed = tokens / (time.monotonic() - started)
-            print(f"step {step} loss {smooth:.4f} lr {rate:.2e} {speed:,.0f} tokens/s eta {eta:.0f} s", flush=True)
-        if elapsed - evaluated > args.evaluate_every:
-            evaluated = elapsed
+            speed = tokens / (clock.elapsed() - clock.before)
+            left = clock.elapsed() * (1 / clock.progress(step) - 1)
+            line = f"step {step} loss {smooth:.4f} lr {rate:.2e} {speed:,.0f} tokens/s eta {left:.0f} s"
+            print(line, flush=True)
+        if clock.elapsed() - evaluated > args.evaluate_every:
+            evaluated = clock.elapsed()
             print(f"step {step} held-out {accuracy(model, tokenizer, heldout[:100]):.1%}", flush=True)
-            print(answer_greedily(model, tokenizer, ["Hello!", "Tell me a story about a brave cat."]), flush=True)
-        if time.monotonic() - saved_at > 240:
-            saved_at = time.monotonic()
-            torch.save(
-                {"model": model.state_dict(), "optimizers": [s.state_dict() for s in steppers], "step": step,
-                 "elapsed": elapsed},
-                args.checkpoint,
-            )  # fmt: skip
+            print(answer_greedily(model, tokenizer, PEEK_AT), flush=True)
+        if clock.elapsed() - saved_at > args.save_every:
+            saved_at = clock.elapsed()
+            state = {"model": model.state_dict(), "optimizers": [s.state_dict() for s in steppers]}
+            torch.save(state | {"step": step, "elapsed": clock.elapsed()}, args.checkpoint)
     figures = {
         "parameters": parameters,
         "steps": step,
         "tokens": step * args.batch * args.length,
-        "minutes": round((elapsed_before + time.monotonic() - started) / 60, 1),
-        "final_loss": round(smooth, 4),
+        "minutes": round(clock.elapsed() / 60, 1),
+        "final_loss": round(smooth or 0.0, 4),
     }
     return model, figures
 
@@ -1290,8 +1336,6 @@ def train(args: argparse.Namespace, tokenizer: Any, heldout: Sequence[Problem]) 
 
 def export(model: Any, tokenizer: Any, heldout: Sequence[Problem], out: Path) -> None:
     """Write the model directory; the model card beside it is written by hand."""
-    import torch
-
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.padding_side = "left"
@@ -1312,19 +1356,18 @@ def export(model: Any, tokenizer: Any, heldout: Sequence[Problem], out: Path) ->
         for item in heldout:
             lines.write(json.dumps({"question": item.question, "answer": item.solution}) + "\n")
 
-    # Newer transformers write the template to a file of its own; servers look for it in the config.
+    # transformers 5 writes the template to a file of its own and a class name that version 4 does not know.
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["chat_template"] = CHAT_TEMPLATE
+    settings |= {"chat_template": CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (out / "chat_template.jinja").unlink(missing_ok=True)
+    for file in out.iterdir():
+        file.chmod(0o644)
 
 
 def evaluate(out: Path, heldout: Sequence[Problem]) -> float:
     """Load the exported directory as a user would and answer every held-out problem."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     return accuracy(model, AutoTokenizer.from_pretrained(out), heldout)
 
@@ -1339,11 +1382,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
-    parser.add_argument("--long-every", type=int, default=10, help="every n-th step has sequences of 4x length")
+    parser.add_argument("--long-every", type=int, default=10, help="every n-th step trains on 4x length")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--evaluate-every", type=float, default=300, help="seconds between short evaluations")
+    parser.add_argument("--save-every", type=float, default=240, help="seconds between checkpoints")
     parser.add_argument("--checkpoint", type=Path, default=Path("/tmp/mindie-tiny.pt"))
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
     parser.add_argument("--samples", type=int, default=0, help="print this many documents and stop")

@@ -15,8 +15,8 @@ from engine.plan import Int32Array, StepPlan
 class Batch:
     """R rows and T query tokens.
 
-    When every row has one query token, rows are ordered by falling context length, so that attention can take
-    rows of similar length together; `last_tokens` undoes it. Lengths and tables stay on the host as well: nobody
+    When every row has one query token, rows are ordered by falling context length, so that attention can
+    take rows of similar length together; `last_tokens` undoes it. Lengths and tables stay on the host: nobody
     may ask a device for them.
     """
 
@@ -44,13 +44,12 @@ def make_batch(plan: StepPlan, device: torch.device) -> Batch:
         context_len, block_table = plan.context_len, plan.block_table
     tokens = plan.num_tokens
     packed = torch.from_numpy(np.concatenate(per_token)).to(device, non_blocking=True)
-    input_ids, positions, slots, last = packed.split([tokens, tokens, tokens, rows])
     in_place = one_token_per_row and context_len is plan.context_len
     return Batch(
-        input_ids=input_ids,
-        positions=positions,
-        slots=slots.long(),
-        last_tokens=None if in_place else last,
+        input_ids=packed[:tokens],
+        positions=packed[tokens : 2 * tokens],
+        slots=packed[2 * tokens : 3 * tokens].long(),
+        last_tokens=None if in_place else packed[3 * tokens :],
         query_start=plan.query_start,
         context_len=context_len,
         block_table=block_table,

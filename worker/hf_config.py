@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def eos_token_ids(weight_path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end a text. generation_config.json wins: fine-tuned models list their turn markers only there."""
+    """Ids that end a text. generation_config.json wins: only there do fine-tuned models list turn markers."""
     generation_file = weight_path / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
     value = generation.get("eos_token_id")
@@ -80,7 +80,9 @@ def eos_token_ids(weight_path: Path, config: Mapping[str, Any]) -> tuple[int, ..
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def parse_decoder(config: Mapping[str, Any], *, qkv_bias: bool, output_bias: bool, mlp_bias: bool) -> DecoderConfig:
+def parse_decoder(
+    config: Mapping[str, Any], *, qkv_bias: bool, output_bias: bool, mlp_bias: bool
+) -> DecoderConfig:
     """Check what this build can compute; every refusal names the key and the value found."""
     if config.get("hidden_act", "silu") != "silu":
         raise _refusal(f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
@@ -92,7 +94,9 @@ def parse_decoder(config: Mapping[str, Any], *, qkv_bias: bool, output_bias: boo
     num_kv_heads = config.get("num_key_value_heads") or num_heads
     head_dim = config.get("head_dim") or hidden_size // num_heads
     if num_heads % num_kv_heads:
-        raise _refusal(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")
+        raise _refusal(
+            f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+        )
     if head_dim % 2:
         raise _refusal(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
     max_positions = _positive(config, "max_position_embeddings")

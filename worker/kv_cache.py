@@ -37,13 +37,21 @@ class KvCache:
     def __init__(self, spec: KvSpec, num_blocks: int, device: torch.device) -> None:
         shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
         self.layers: list[tuple[Tensor, Tensor]] = [
-            (torch.zeros(shape, dtype=spec.dtype, device=device), torch.zeros(shape, dtype=spec.dtype, device=device))
+            (
+                torch.zeros(shape, dtype=spec.dtype, device=device),
+                torch.zeros(shape, dtype=spec.dtype, device=device),
+            )
             for _ in range(spec.num_layers)
         ]
 
 
 def count_blocks(
-    spec: KvSpec, model: ModelSettings, schedule: ScheduleSettings, *, automatic_bytes: int, available_bytes: int
+    spec: KvSpec,
+    model: ModelSettings,
+    schedule: ScheduleSettings,
+    *,
+    automatic_bytes: int,
+    available_bytes: int,
 ) -> int:
     """Blocks of one worker: kvCacheBlockNum, else kvCacheMemMiB, else npuMemSize, else automatic.
 
@@ -61,15 +69,15 @@ def count_blocks(
         blocks = min(automatic_bytes // spec.block_bytes, schedule.max_batch_size * per_sequence)
     if blocks < per_sequence:
         raise StartupError(
-            f"KV cache: one sequence of maxSeqLen {schedule.max_seq_len} needs {per_sequence} blocks of"
-            f" {spec.block_size} tokens ({_mib(per_sequence * spec.block_bytes)}), but {blocks} are available;"
-            f" lower maxSeqLen or raise {key}",
+            f"KV cache: one sequence of maxSeqLen {schedule.max_seq_len} needs {per_sequence} blocks"
+            f" of {spec.block_size} tokens ({_mib(per_sequence * spec.block_bytes)}),"
+            f" but {blocks} are available; lower maxSeqLen or raise {key}",
             EXIT_INIT,
         )
     if blocks * spec.block_bytes > available_bytes:
         raise StartupError(
-            f"KV cache: {blocks} blocks take {_mib(blocks * spec.block_bytes)}, but {_mib(available_bytes)} of memory"
-            f" are available; lower {key}",
+            f"KV cache: {blocks} blocks take {_mib(blocks * spec.block_bytes)},"
+            f" but {_mib(available_bytes)} of memory are available; lower {key}",
             EXIT_INIT,
         )
     return blocks

@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors files: checked as a whole before anything is read, then read tensor by tensor."""
+"""A checkpoint's safetensors files: checked as a whole first, then read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -60,13 +60,19 @@ class Checkpoint:
             complaints.append(f"{name} in {self._file_of[name].name} is unexpected")
         if complaints:
             shown = "; ".join(sorted(complaints)[:_MAX_COMPLAINTS])
-            more = f"; and {len(complaints) - _MAX_COMPLAINTS} more" if len(complaints) > _MAX_COMPLAINTS else ""
+            more = (
+                f"; and {len(complaints) - _MAX_COMPLAINTS} more" if len(complaints) > _MAX_COMPLAINTS else ""
+            )
             raise StartupError(f"weights in {self.folder} do not fit the model: {shown}{more}", EXIT_INIT)
 
     def take(self, *names: str, dtype: torch.dtype) -> Tensor:
         """The named tensors, converted and joined along dimension 0; always a copy of the mapped pages."""
         parts: list[Tensor] = [self._handle(self._file_of[name]).get_tensor(name) for name in names]
-        return parts[0].to(dtype, copy=True) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts])
+        return (
+            parts[0].to(dtype, copy=True)
+            if len(parts) == 1
+            else torch.cat([part.to(dtype) for part in parts])
+        )
 
     def release(self) -> None:
         """Unmap all files. Mapped pages count as this process's memory for as long as they are mapped."""
@@ -99,7 +105,9 @@ def _locate(folder: Path) -> dict[str, Path]:
         return {name: folder / file for name, file in weight_map.items()}
     file = folder / _SINGLE
     if not file.exists():
-        raise StartupError(f"{folder} holds neither {_SINGLE} nor {_INDEX}; no other format is read", EXIT_INIT)
+        raise StartupError(
+            f"{folder} holds neither {_SINGLE} nor {_INDEX}; no other format is read", EXIT_INIT
+        )
     try:
         with safe_open(file, framework="pt") as handle:
             return dict.fromkeys(handle.keys(), file)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import zmq
 
 from engine.block_manager import BlockManager
+from engine.errors import EXIT_INIT, StartupError
 from engine.core import EngineCore, EngineLinks
 from engine.scheduler import Scheduler
 from engine.wire.channel import Channel
@@ -20,6 +21,8 @@ from worker.runner import ModelRunner
 from worker.sampler import Sampler
 
 log = logging.getLogger("llm.worker")
+
+_CONNECT_S = 30.0  # the endpoint binds long before a model is loaded
 
 
 def run_worker(given: WorkerContext) -> int:
@@ -52,6 +55,8 @@ def run_worker(given: WorkerContext) -> int:
             tokens=RingWriter(wire.token_ring),
         ),
     )
+    if not core.links.events.wait_connected(_CONNECT_S):
+        raise StartupError("the endpoint process did not open its event channel", EXIT_INIT)
     core.links.events.send(
         EngineReady(
             instance=wire.instance,

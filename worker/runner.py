@@ -23,7 +23,7 @@ from worker.loader import Checkpoint
 from worker.models.registry import model_class
 from worker.platforms.registry import select_platform
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("llm.runner")
 
 _WARM_UP_TOKENS = 256  # enough for every kernel of a prefill, short enough to cost nothing
 _WARM_UP_ROWS = (1, 2, 4, 8, 16, 32)  # decode batches; the products are prepared per row count
@@ -80,7 +80,7 @@ class ModelRunner:
             self._schedule.max_seq_len,
             lambda fraction: self._progress("weights", fraction),
         )
-        logger.info("%s, %s, weights %d MiB", self._platform.describe(), dtype, self.weight_bytes >> 20)
+        log.info("%s, %s, weights %d MiB", self._platform.describe(), dtype, self.weight_bytes >> 20)
 
     def size_kv_cache(self) -> int:
         """Blocks this worker can hold; StartupError when that is less than one sequence of maxSeqLen."""
@@ -102,7 +102,9 @@ class ModelRunner:
         Scribbles over the cache: nothing may be in it yet.
         """
         room = self._num_blocks * self._schedule.block_size
-        longest = max(1, min(_WARM_UP_TOKENS, self._schedule.max_prefill_tokens, self._schedule.max_input_len, room))
+        longest = max(
+            1, min(_WARM_UP_TOKENS, self._schedule.max_prefill_tokens, self._schedule.max_input_len, room)
+        )
         rows = [n for n in _WARM_UP_ROWS if n <= min(self._schedule.max_batch_size, self._num_blocks)]
         self.forward(build_plan(StepKind.PREFILL, [self._dummy(longest, 0, 0)], self._schedule.block_size))
         for step, batch_size in enumerate(rows):
@@ -113,7 +115,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Tensor:
-        """Logits of each row's last query token, [R, vocab] in the model's dtype, in the order of the plan."""
+        """Logits of each row's last query token, [R, vocab] in the model's dtype, in the plan's order."""
         batch = make_batch(plan, self._platform.device)
         self._attention.begin_step(batch, self._schedule.block_size)
         hidden = self._model.forward(batch, self._attention, self._cache)

@@ -20,7 +20,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "eval_accuracy.py"
 
 def _load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("eval_accuracy", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up while it runs
     spec.loader.exec_module(module)

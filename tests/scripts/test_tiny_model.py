@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models" / "mindie-tiny"
@@ -20,7 +23,8 @@ SCRIPT = REPOSITORY / "scripts" / "train_tiny_model.py"
 
 def _load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("train_tiny_model", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up while it runs
     spec.loader.exec_module(module)
@@ -37,14 +41,12 @@ def _json(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
+    return AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True)
+    return AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +73,7 @@ def test_config() -> None:
 
 
 def test_weights_are_bf16() -> None:
-    safetensors = pytest.importorskip("safetensors")
-    with safetensors.safe_open(MODEL / "model.safetensors", framework="pt") as weights:
+    with safe_open(MODEL / "model.safetensors", framework="pt") as weights:
         dtypes = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
     assert dtypes == {"BF16"}
 
@@ -88,8 +89,8 @@ def test_special_tokens(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Hello, world!", "  two  spaces\n\n\ttab ", "3.14159 and 1,000", "你好,世界。", "naïve café", "🙂🚀👩‍👩‍👧",
-     "a\u0000b\u200bc", "مرحبا", "'quoted' \"text\" isn't .", "\n", ""],
+    ["Hello, world!", "  two  spaces\n\n\ttab ", "3.14159 and 1,000", "你好,世界。", "naïve café",
+     "🙂🚀👩‍👩‍👧", "a\u0000b\u200bc", "مرحبا", "'quoted' \"text\" isn't .", "\n", ""],
 )  # fmt: skip
 def test_tokenizer_round_trip(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -113,7 +114,7 @@ def test_chat_template(tokenizer: Any) -> None:
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello!<|im_end|>\n"
         "<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert tokenizer.encode("<|im_start|>user\n<|im_end|>")[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert tokenizer.tokenize("<|im_start|>user")[0] == "<|im_start|>"
 
 
 def test_heldout_is_what_the_recipe_draws(heldout: list[dict[str, str]]) -> None:
@@ -133,6 +134,9 @@ def test_training_problems_skip_an_excluded_question() -> None:
     assert next(recipe.training_problems(Random(1), frozenset({first}))).question != first
 
 
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
 @pytest.mark.parametrize("template", recipe.TEMPLATES, ids=lambda template: template.__name__)
 def test_templates_are_sound(template: Any) -> None:
     """Every equation holds, the last one gives the answer, and the numbers stay small."""
@@ -141,8 +145,7 @@ def test_templates_are_sound(template: Any) -> None:
         for step in item.steps:
             (equation,) = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", step)
             x, op, y, result = equation
-            value = {"+": int(x) + int(y), "-": int(x) - int(y), "*": int(x) * int(y), "/": int(x) / int(y)}[op]
-            assert value == int(result)
+            assert OPERATIONS[op](int(x), int(y)) == int(result)
         assert item.answer == int(result)
         assert 2 <= item.answer <= 200
         assert not re.search(r"[{}]|  ", item.question)
@@ -160,6 +163,7 @@ def test_answers_heldout_problems(model: Any, tokenizer: Any) -> None:
 
 @pytest.mark.timeout(120)
 def test_says_who_it_is_and_tells_the_story_asked_for(model: Any, tokenizer: Any) -> None:
-    who, story = recipe.answer_greedily(model, tokenizer, ["Who are you?", "Tell me a story about a brave cat."])
+    asked = ["Who are you?", "Tell me a story about a brave cat."]
+    who, story = recipe.answer_greedily(model, tokenizer, asked)
     assert "mindie-tiny" in who
     assert "brave cat" in story

@@ -1,8 +1,8 @@
 """Paged attention on the CPU, out of torch's fused scaled-dot-product kernel.
 
-Decode: one gather of the whole batch's blocks into buffers that live as long as the backend (fresh buffers of several MB
-are page-faulted in on every call, which cost 2-6x), then one fused call per group of rows of similar length. The query
-heads that share a key head become rows of one query, so no key is read twice.
+Decode: one gather of the whole batch's blocks into buffers that live as long as the backend (fresh buffers
+of several MB are page-faulted in on every call, which cost 2-6x), then one fused call per group of rows of
+similar length. The query heads that share a key head become rows of one query, so no key is read twice.
 Prefill: straight from this step's keys and values where nothing is cached.
 """
 
@@ -69,7 +69,9 @@ class CpuPagedAttention:
 
     def _decode(self, group: _Gathered, q: Tensor) -> Tensor:
         spec = self._spec
-        queries = q[group.tokens].view(-1, spec.num_kv_heads, spec.num_heads // spec.num_kv_heads, spec.head_dim)
+        queries = q[group.tokens].view(
+            -1, spec.num_kv_heads, spec.num_heads // spec.num_kv_heads, spec.head_dim
+        )
         out = functional.scaled_dot_product_attention(queries, group.k, group.v, attn_mask=group.mask)
         return out.reshape(len(out), -1)
 
@@ -82,7 +84,7 @@ class CpuPagedAttention:
 
     def _fresh(self, group: _Fresh, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys, values = (
-            x[group.tokens].unflatten(0, (group.num_rows, -1)).transpose(1, 2) for x in (q, k, v)
+            x[group.tokens].view(group.num_rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
         )
         out = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
@@ -120,7 +122,9 @@ class CpuPagedAttention:
             self._reserve(width * block_size)
             unseen = np.arange(context)[None] > np.arange(context - queries, context)[:, None]
             mask = self._mask(unseen)[None, None]
-            groups.append(self._gathered(tokens, batch.block_table[row : row + 1, :width], context, block_size, mask))
+            groups.append(
+                self._gathered(tokens, batch.block_table[row : row + 1, :width], context, block_size, mask)
+            )
         return groups
 
     def _gathered(

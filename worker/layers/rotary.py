@@ -66,7 +66,11 @@ def _yarn_frequencies(rope: RopeConfig, period: Tensor) -> Tensor:
 
     def dimension(turns: float) -> float:
         """Dimension whose angle makes `turns` full turns over the original context."""
-        return head_dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return (
+            head_dim
+            * math.log(rope.original_max_positions / (turns * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:

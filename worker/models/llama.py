@@ -32,14 +32,19 @@ class WeightReader:
         self._platform = platform
         self._dtype = dtype
 
-    def vector_or_table(self, module: str) -> Tensor:
-        return self._checkpoint.take(f"{module}.weight", dtype=self._dtype).to(self._platform.device)
+    def plain(self, module: str) -> Tensor:
+        """The weight of a norm or an embedding, as it is."""
+        weight = self._checkpoint.take(f"{module}.weight", dtype=self._dtype).to(self._platform.device)
+        self._checkpoint.release()
+        return weight
 
     def linear(self, prefix: str, *modules: str, bias: bool = False) -> Linear:
         """The named projections merged into one, outputs in the order given."""
         names = [f"{prefix}{module}" for module in modules]
         weight = self._checkpoint.take(*(f"{name}.weight" for name in names), dtype=self._dtype)
-        biases = self._checkpoint.take(*(f"{name}.bias" for name in names), dtype=self._dtype) if bias else None
+        biases = (
+            self._checkpoint.take(*(f"{name}.bias" for name in names), dtype=self._dtype) if bias else None
+        )
         linear = self._platform.pack_linear(weight, biases)
         self._checkpoint.release()
         return linear
@@ -51,15 +56,21 @@ class DecoderLayer:
         self._head_dim = config.head_dim
         self._rotated_heads = config.num_heads + config.num_kv_heads
         self._eps = config.rms_norm_eps
-        self._input_norm = reader.vector_or_table(f"{prefix}input_layernorm")
+        self._input_norm = reader.plain(f"{prefix}input_layernorm")
         self._qkv = reader.linear(f"{prefix}self_attn.", "q_proj", "k_proj", "v_proj", bias=config.qkv_bias)
         self._output = reader.linear(f"{prefix}self_attn.", "o_proj", bias=config.output_bias)
-        self._mlp_norm = reader.vector_or_table(f"{prefix}post_attention_layernorm")
+        self._mlp_norm = reader.plain(f"{prefix}post_attention_layernorm")
         self._gate_up = reader.linear(f"{prefix}mlp.", "gate_proj", "up_proj", bias=config.mlp_bias)
         self._down = reader.linear(f"{prefix}mlp.", "down_proj", bias=config.mlp_bias)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend, k_cache: Tensor, v_cache: Tensor
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: AttentionBackend,
+        k_cache: Tensor,
+        v_cache: Tensor,
     ) -> None:
         """Adds this layer to the residual stream x, [T, hidden], in place."""
         qkv = self._qkv(rms_norm(x, self._input_norm, self._eps)).view(len(x), -1, self._head_dim)
@@ -89,10 +100,13 @@ class LlamaForCausalLM:
         for index in range(config.num_layers):
             self._layers.append(DecoderLayer(config, reader, f"model.layers.{index}."))
             progress((index + 1) / (config.num_layers + 1))
-        self._final_norm = reader.vector_or_table(_FINAL_NORM)
-        self._embedding = reader.vector_or_table(_EMBEDDING)
-        # a tied head is packed as well: twice the table in memory, for half the time of the largest product
-        self._head = reader.linear("", _EMBEDDING if config.tie_word_embeddings else _HEAD)
+        self._final_norm = reader.plain(_FINAL_NORM)
+        self._embedding = reader.plain(_EMBEDDING)
+        if config.tie_word_embeddings:
+            # packing it doubles the table in memory, and halves the time of the step's largest product
+            self._head = platform.pack_linear(self._embedding, None)
+        else:
+            self._head = reader.linear("", _HEAD)
         progress(1.0)
 
     @staticmethod

@@ -40,7 +40,7 @@ class Platform(Protocol):
         """Bytes one worker may spend on its KV cache when nobody said how many."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """weight: [out, in]; bias: [out]. Takes both over: the caller keeps no reference."""
+        """weight: [out, in]; bias: [out]. Both may be kept: the caller must not change them any more."""
 
     def describe(self) -> str:
         """One line for the log: what the start-up probe chose."""

@@ -21,7 +21,7 @@ def _npu_missing() -> str | None:
 def _cuda_missing() -> str | None:
     import torch
 
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None:
         return "this torch was built without CUDA"
     return None if torch.cuda.is_available() else "no CUDA device is visible"
 

@@ -1,0 +1,286 @@
+#!/usr/bin/env bash
+# Sets up an installation directory as the manual knows it and starts the service in it. Run again, it changes
+# nothing that is in place; what has changed in this tree since is brought up to date.
+set -euo pipefail
+umask 027 # the service warns about files that others may read
+
+usage() {
+    cat << 'EOF'
+Usage: scripts/serve.sh [option ...]
+
+Install into mindie-service/ below this repository, make demonstration certificates if there are none,
+start mindieservice_daemon and wait until it serves.
+
+  --dir DIR               another installation directory
+  --port N                port of the inference interfaces (config.json: ServerConfig.port)
+  --management-port N     port of the health and control interfaces (ServerConfig.managementPort)
+  --metrics-port N        port of the Prometheus metrics (ServerConfig.metricsPort)
+  -h, --help              this text
+
+The ports are written to DIR/conf/config.json, which is otherwise yours: it is copied once, never replaced.
+PYTHON=/path/to/python3 names the interpreter (3.10 or newer); pip's own settings, such as PIP_INDEX_URL and
+PIP_EXTRA_INDEX_URL, apply.
+
+Exit codes: 0 serving (also when it was already), otherwise 1 or that of mindieservice_daemon.
+EOF
+}
+
+caller_dir=$PWD
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/venv.sh
+source scripts/venv.sh
+
+readonly success_line="Daemon start success!"
+home=$PWD/mindie-service
+port="" management_port="" metrics_port=""
+
+parse_arguments() {
+    while (($#)); do
+        case $1 in
+            --dir=* | --port=* | --management-port=* | --metrics-port=*)
+                set -- "${1%%=*}" "${1#*=}" "${@:2}"
+                continue
+                ;;
+            --dir | --port | --management-port | --metrics-port)
+                (($# > 1)) || die "$1 needs a value"
+                ;;
+            -h | --help) usage && exit 0 ;;
+            *) die "unknown option $1; see scripts/serve.sh --help" ;;
+        esac
+        case $1 in
+            --dir) home=$(cd -- "$caller_dir" && realpath -m -- "$2") ;;
+            --port) port=$2 ;;
+            --management-port) management_port=$2 ;;
+            --metrics-port) metrics_port=$2 ;;
+        esac
+        [[ $1 == --dir || $2 =~ ^[0-9]{1,5}$ ]] || die "$1 $2: not a port number"
+        shift 2
+    done
+}
+
+step() {
+    printf '%-15s %s\n' "$1" "$2"
+}
+
+# The parent among the processes of a daemon that was started in this directory; nothing if there is none.
+running_pid() {
+    local process name pid
+    for process in /proc/[0-9]*; do
+        { read -r name < "$process/comm"; } 2> /dev/null || continue
+        [[ $name == mindieservice_d && $(readlink "$process/cwd") == "$(realpath -m "$home")" ]] || continue
+        pid=${process#/proc/}
+        # the children of a daemon carry its name too
+        read -r name < "/proc/$(awk '/^PPid/ {print $2}' "$process/status")/comm" 2> /dev/null || name=""
+        [[ $name == mindieservice_d ]] || printf '%s\n' "$pid"
+    done | head -n 1
+}
+
+install_everything() {
+    local started=$SECONDS
+    if [[ -d $home && ! -e $home/pyvenv.cfg && -n $(ls -A "$home") ]]; then
+        die "$home holds something else; name an empty or a new directory with --dir"
+    fi
+    step "installing to" "$home"
+    make_venv "$home"
+    if stamped "$home" dependencies "$(dependencies_hash "$home")"; then
+        step "dependencies" "unchanged"
+    else
+        step "dependencies" "being installed; the first time takes some minutes, PyTorch is large ..."
+        install_dependencies "$home"
+        step "" "installed in $((SECONDS - started)) s"
+    fi
+    rest_started=$SECONDS
+    install_sources
+    install_model
+    mkdir -p "$home/conf" "$home/logs"
+    if [[ -e $home/conf/config.json ]]; then
+        step "conf" "config.json unchanged"
+    else
+        cp config.json "$home/conf/config.json"
+        step "conf" "config.json copied"
+    fi
+    set_ports
+    if [[ -e $home/security/ca/ca.pem ]]; then
+        step "security" "certificates unchanged"
+    else
+        "$home/bin/python" scripts/make_certs.py --dir "$home/security" > /dev/null
+        step "security" "demonstration certificates made; replace them before others can reach this service"
+    fi
+}
+
+install_sources() {
+    local hash build
+    hash=$(hash_files setup.cfg pyproject.toml daemon endpoint engine worker)
+    if stamped "$home" sources "$hash"; then
+        step "service" "unchanged"
+        return
+    fi
+    # built from a copy: setuptools leaves build/ behind, and would ship again what is no longer in the tree
+    build=$(mktemp -d)
+    cp -R setup.cfg pyproject.toml README.md LICENSE daemon endpoint engine worker "$build"
+    pip_install "$home" --no-deps --no-index --no-build-isolation --force-reinstall "$build"
+    rm -rf "$build"
+    stamp "$home" sources "$hash"
+    step "service" "bin/mindieservice_daemon installed"
+}
+
+install_model() {
+    local hash
+    hash=$(hash_files models/mindie-tiny)
+    if stamped "$home" model "$hash" && [[ -d $home/models/mindie-tiny ]]; then
+        step "model" "models/mindie-tiny unchanged"
+        return
+    fi
+    mkdir -p "$home/models"
+    rm -rf "$home/models/mindie-tiny"
+    cp -R models/mindie-tiny "$home/models"
+    stamp "$home" model "$hash"
+    step "model" "models/mindie-tiny copied"
+}
+
+# Writes the ports that were given; says so only if one of them differs from what the file had.
+set_ports() {
+    local changed
+    [[ -n $port$management_port$metrics_port ]] || return 0
+    changed=$("$home/bin/python" - "$home/conf/config.json" "$port" "$management_port" "$metrics_port" << 'EOF'
+import json
+import sys
+from pathlib import Path
+
+path = Path(sys.argv[1])
+try:
+    config = json.loads(path.read_bytes())
+    server = config["ServerConfig"]
+    wanted = zip(("port", "managementPort", "metricsPort"), sys.argv[2:], strict=True)
+    changes = {key: int(value) for key, value in wanted if value and server.get(key) != int(value)}
+    server.update(changes)
+except (ValueError, KeyError, TypeError, AttributeError) as error:
+    sys.exit(f"serve.sh: the ports cannot be set in {path}: {type(error).__name__}: {error}")
+if changes:
+    path.write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(", ".join(f"{key} {value}" for key, value in changes.items()))
+EOF
+    )
+    if [[ -n $changed ]]; then
+        step "" "set in config.json: $changed"
+    fi
+}
+
+start_daemon() {
+    # left over from another installation, they would send this one to the other's configuration
+    unset MINDIE_LLM_HOME_PATH MIES_INSTALL_PATH MIES_CONFIG_JSON_PATH
+    step "starting" "nohup ./bin/mindieservice_daemon > output.log 2>&1 &"
+    cd -- "$home"
+    : > output.log
+    nohup ./bin/mindieservice_daemon > output.log 2>&1 < /dev/null &
+    daemon_pid=$!
+    cd -- "$OLDPWD"
+}
+
+# Shows the log's messages until the success line; returns 1 when the process has ended without it.
+follow_start() {
+    local line rest="" alive=1
+    local entry='^\[[^]]*\] \[[0-9]+\] \[[0-9]+\] \[[a-z]+\] \[([A-Z]+)\] \[[^]]*\] : (.*)$'
+    exec 3< "$home/output.log"
+    while :; do
+        while IFS= read -r line <&3; do
+            line=$rest$line rest=""
+            if [[ $line == "$success_line" ]]; then
+                exec 3<&-
+                return 0
+            elif [[ $line =~ $entry && ${BASH_REMATCH[1]} == INFO ]]; then
+                printf '    %s\n' "${BASH_REMATCH[2]}"
+            elif [[ $line =~ $entry && ${BASH_REMATCH[1]} == WARN ]]; then
+                printf '    warning: %s\n' "${BASH_REMATCH[2]}"
+            fi
+        done
+        rest+=$line # the beginning of a line that is still being written
+        ((alive)) || break
+        # one more look at the file after the end, for the last words
+        kill -0 "$daemon_pid" 2> /dev/null || alive=0
+        ((!alive)) || sleep 0.1
+    done
+    exec 3<&-
+    return 1
+}
+
+explain_failure() {
+    local code=0 cause
+    wait "$daemon_pid" || code=$?
+    # errors of the log, and what was written as it is: findings about the configuration, tracebacks
+    cause=$(grep -vE '^(nohup: .*|\[[^]]*\] \[[0-9]+\] \[[0-9]+\] \[[a-z]+\] \[(DEBUG|INFO|WARN)\] .*)?$' \
+        "$home/output.log" | sed -E 's/^\[[^]]*\] \[[0-9]+\] \[[0-9]+\] \[[a-z]+\] (\[[A-Z]+\]) \[[^]]*\] : /\1 /' |
+        tail -n 40) || true
+    {
+        printf '\nmindieservice_daemon ended with exit code %d before it was ready:\n' "$code"
+        printf '%s\n' "${cause:-$(tail -n 15 "$home/output.log")}" | sed 's/^/    /'
+        printf 'The whole log: %s\n' "$home/output.log"
+    } >&2
+    exit "$((code == 0 ? 1 : code))"
+}
+
+# Tells where the service is, as the service itself reads its configuration.
+print_summary() {
+    "$home/bin/python" - "$home" "$daemon_pid" << 'EOF'
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import mindie_server.daemon.launch as launch
+
+sys.path.insert(0, str(Path(launch.__file__).parents[1]))
+from daemon.config import load_settings  # noqa: E402
+from engine.errors import StartupError  # noqa: E402
+
+home, pid = Path(sys.argv[1]), sys.argv[2]
+try:
+    settings = load_settings(home / "conf" / "config.json", dict(os.environ), home / "bin" / "mindieservice_daemon")
+except StartupError as error:
+    sys.exit(f"{home}/conf/config.json has been changed since the service was started:\n{error}")
+
+where = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+curl = "curl"
+for listener in settings.endpoint.listeners:
+    address = where.get(listener.address, listener.address)
+    host = f"[{address}]" if ":" in address else address
+    url = f"{'https' if listener.tls else 'http'}://{host}:{listener.port}"
+    print(f"{' + '.join(listener.planes):<28} {url}")
+    if "business" in listener.planes:
+        base = url
+        if listener.tls:
+            client = home / "security" / "client"
+            files = (("cacert", "ca.pem"), ("cert", "client.pem"), ("key", "client.key.pem"))
+            curl += "".join(f" --{option} {shlex.quote(str(client / name))}" for option, name in files)
+body = {
+    "model": settings.model.name,
+    "messages": [{"role": "user", "content": "Tell me a short story about a brave cat."}],
+    "max_tokens": 200,
+}
+print(f"process {pid}, log {home}/output.log, configuration {home}/conf/config.json")
+print(f"\nWhich model is there:\n\n{curl} {base}/v1/models")
+print(f"\nAsk it something:\n\n{curl} -H 'Content-Type: application/json' "
+      f"-d {shlex.quote(json.dumps(body))} {base}/v1/chat/completions")
+print(f"\nStop the service:\n\nkill {pid}")
+EOF
+}
+
+parse_arguments "$@"
+daemon_pid=$(running_pid)
+if [[ -n $daemon_pid ]]; then
+    printf 'mindieservice_daemon is running already in %s; nothing was changed.\n' "$home"
+    printf 'New ports, and what has changed in the tree, take effect after a stop and another run.\n\n'
+    print_summary
+    exit 0
+fi
+
+rest_started=$SECONDS
+install_everything
+start_daemon
+# Ctrl+C while waiting means the service, too
+trap 'kill "$daemon_pid" 2> /dev/null; exit 130' INT TERM
+follow_start || explain_failure
+trap - INT TERM
+printf '\nServing %d s after the dependencies were there.\n\n' "$((SECONDS - rest_started))"
+print_summary

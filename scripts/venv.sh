@@ -1,0 +1,87 @@
+# Sourced by serve.sh and test.sh: a virtual environment with the pinned dependencies, made once.
+# Expects the working directory to be the repository. Everything already there is kept.
+# shellcheck shell=bash
+
+die() {
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    exit 1
+}
+
+# The first interpreter that is new enough; PYTHON=... names another.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    die "Python 3.10 or newer is needed and ${PYTHON:-python3} is not (or is not there); install one," \
+        "or name it: PYTHON=/path/to/python3 $0"
+}
+
+# make_venv DIRECTORY: repairs one whose interpreter has gone.
+make_venv() {
+    local directory=$1 python
+    if "$directory/bin/python" -m pip --version > /dev/null 2>&1; then
+        return
+    fi
+    python=$(find_python)
+    "$python" -c 'import ensurepip, venv' 2> /dev/null ||
+        die "$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"
+    "$python" -m venv "$directory"
+}
+
+# pip_install DIRECTORY ARGUMENT...: silent, unless it fails.
+pip_install() {
+    local directory=$1 log
+    shift
+    log=$(mktemp)
+    if ! "$directory/bin/python" -m pip install --quiet --disable-pip-version-check "$@" > "$log" 2>&1; then
+        tail -n 30 "$log" >&2
+        rm -f "$log"
+        die "pip could not install into $directory; what it said is above"
+    fi
+    rm -f "$log"
+}
+
+# A stamp remembers what a step was done with, so that the step is repeated exactly when that has changed.
+stamped() { # DIRECTORY STEP HASH
+    [[ -f $1/.stamp-$2 && $(< "$1/.stamp-$2") == "$3" ]]
+}
+
+stamp() { # DIRECTORY STEP HASH
+    printf '%s\n' "$3" > "$1/.stamp-$2"
+}
+
+# hash_files PATH...: one hash over names and contents, without what Python caches beside its sources.
+hash_files() {
+    find "$@" -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
+}
+
+dependencies_hash() { # DIRECTORY EXTRA...
+    local directory=$1
+    shift
+    { "$directory/bin/python" --version && printf '%s\n' "$@" && cat setup.cfg constraints.txt; } | sha256sum
+}
+
+# install_dependencies DIRECTORY EXTRA...: what setup.cfg asks for, in the releases of constraints.txt.
+install_dependencies() {
+    local directory=$1 list
+    shift
+    list=$(mktemp)
+    "$directory/bin/python" - "$@" > "$list" << 'EOF'
+import configparser
+import sys
+
+config = configparser.ConfigParser()
+config.read("setup.cfg", encoding="utf-8")
+print(config["options"]["install_requires"])
+for extra in sys.argv[1:]:
+    print(config["options.extras_require"][extra])
+print("setuptools")  # builds our own package
+EOF
+    pip_install "$directory" --constraint constraints.txt --requirement "$list"
+    rm -f "$list"
+    stamp "$directory" dependencies "$(dependencies_hash "$directory" "$@")"
+}

@@ -1,0 +1,277 @@
+"""One test for each rule between values, and for what this build cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.config_home import Home
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = Home(tmp_path)
+    home.server["httpsEnabled"] = False
+    return home
+
+
+@pytest.mark.parametrize(("devices", "number"), [([[0], [1]], 1), ([[0]], 2), ([], 1)])
+def test_r1_one_device_list_per_instance(home: Home, devices: list[list[int]], number: int) -> None:
+    home.backend.update(npuDeviceIds=devices, modelInstanceNumber=number)
+    assert "modelInstanceNumber" in home.only_finding()
+
+
+def test_r2_duplicate_ids(home: Home) -> None:
+    home.backend["npuDeviceIds"] = [[0, 0]]
+    home.model["worldSize"] = 2
+    assert any("npuDeviceIds[0]=[0, 0]: duplicate device ids" in finding for finding in home.findings())
+
+
+def test_r2_count_is_world_size(home: Home) -> None:
+    home.backend["npuDeviceIds"] = [[0, 1]]
+    finding = home.only_finding()
+    assert "2 device ids; allowed: 1 distinct ids" in finding and "worldSize=1" in finding
+
+
+def test_r2_an_id_belongs_to_one_instance(home: Home) -> None:
+    home.backend.update(npuDeviceIds=[[0], [0]], modelInstanceNumber=2)
+    assert "npuDeviceIds[1]=[0]: device ids [0] already belong" in home.only_finding()
+
+
+def test_r3_prefill_step_holds_the_longest_prompt(home: Home) -> None:
+    home.schedule["maxPrefillTokens"] = 1024
+    assert home.only_finding() == (
+        "[config] BackendConfig.ScheduleConfig.maxPrefillTokens=1024: smaller than "
+        "BackendConfig.ModelDeployConfig.maxInputTokenLen=2048; allowed: [2048, 4194304]"
+    )
+
+
+def test_r3_holds_for_mix_while_it_runs_without_chunks(home: Home) -> None:
+    home.schedule.update(maxPrefillTokens=1024, templateType="Mix")
+    home.model["plugin_params"] = json.dumps({"plugin_type": "splitfuse"})
+    assert "no chunked prefill in this build" in home.only_finding()
+
+
+@pytest.mark.parametrize("key", ["maxPrefillBatchSize", "maxPreemptCount", "maxN"])
+def test_r4_r5_r6_at_most_max_batch(home: Home, key: str) -> None:
+    home.model["cpuMemSize"] = 1
+    home.schedule[key] = 200
+    home.load()
+    home.schedule[key] = 201
+    assert f"{key}=201: larger than BackendConfig.ScheduleConfig.maxBatchSize=200" in home.only_finding()
+
+
+def test_r5_swapping_needs_host_memory(home: Home) -> None:
+    home.schedule["maxPreemptCount"] = 1
+    finding = home.only_finding()
+    assert "cpuMemSize=0" in finding and "maxPreemptCount=1" in finding
+
+
+def test_r7_output_fits_the_sequence(home: Home) -> None:
+    home.schedule["maxIterTimes"] = 2560
+    home.load()
+    home.schedule["maxIterTimes"] = 2561
+    assert "maxIterTimes=2561" in home.only_finding()
+
+
+def test_r7_prompt_longer_than_sequence_is_a_warning(home: Home) -> None:
+    home.deploy["maxInputTokenLen"] = 4096
+    assert "prompts are limited to 2559" in home.warning("maxInputTokenLen=4096")
+
+
+def test_r7_one_token_is_no_sequence(home: Home) -> None:
+    home.deploy["maxSeqLen"] = 1
+    assert any("maxSeqLen=1: no room" in finding for finding in home.findings())
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"tp": 2}, "tp=2"),
+        ({"dp": 2}, "worldSize=1"),
+        ({"cp": 2}, "worldSize=1"),
+        ({"sp": 2}, "sp=2"),
+        ({"pp": 2}, "pp=2"),
+        ({"dp": 0}, "dp=0"),
+        ({"moe_ep": 2}, "moe_ep=2"),
+        ({"moe_tp": 2}, "moe_tp=2"),
+        ({"moe_ep": 1, "moe_tp": 2}, "moe_ep=1"),
+    ],
+)
+def test_r8_parallel_sizes_multiply_to_world_size(home: Home, changes: dict[str, int], key: str) -> None:
+    home.model.update(changes)
+    assert key in home.only_finding()
+
+
+def test_r8_context_and_data_parallel_exclude_each_other(home: Home) -> None:
+    home.model.update(cp=2, dp=2)
+    assert any("cp=2: context parallel needs dp=1" in finding for finding in home.findings())
+
+
+def test_r8_all_ones_are_consistent(home: Home) -> None:
+    home.model.update(tp=1, dp=-1, cp=1, sp=1, pp=1, moe_ep=1, moe_tp=1)
+    home.load()
+
+
+def test_r9_mix_and_splitfuse_need_each_other(home: Home) -> None:
+    home.schedule["templateType"] = "Mix"
+    assert "needs splitfuse" in home.only_finding()
+    home.model["plugin_params"] = {"plugin_type": "splitfuse"}
+    home.load()
+    home.schedule["templateType"] = "Standard"
+    assert "needs templateType Mix" in home.only_finding()
+
+
+def test_r10_node_port_is_not_the_business_port(home: Home) -> None:
+    home.backend["multiNodesInferPort"] = 1025
+    assert "ServerConfig.port=1025" in home.only_finding()
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "[::]", "::ffff:0.0.0.0"])
+@pytest.mark.parametrize("key", ["ipAddress", "managementIpAddress"])
+def test_r11_listening_everywhere_must_be_allowed(home: Home, key: str, address: str) -> None:
+    home.server[key] = address
+    finding = home.only_finding()
+    assert f"{key}=" in finding and "allowAllZeroIpListening=false" in finding
+    home.server["allowAllZeroIpListening"] = True
+    home.load()
+
+
+@pytest.mark.parametrize("changes", [{"stageSelectPolicy": 2}, {"dynamicBatchSizeEnable": True}])
+def test_r13_not_with_splitfuse(home: Home, changes: dict[str, object]) -> None:
+    home.schedule.update(templateType="Mix", **changes)
+    home.model["plugin_params"] = {"plugin_type": "splitfuse"}
+    assert "cannot be combined with splitfuse" in home.only_finding()
+
+
+def test_r15_partial_prefills(home: Home) -> None:
+    home.schedule["maxNumPartialPrefills"] = 4
+    home.load()  # the default of maxLongPartialPrefills, 8, follows
+    home.schedule["maxLongPartialPrefills"] = 5
+    assert "maxLongPartialPrefills=5" in home.only_finding()
+
+
+def test_r15_chunk_fits_prefill_step(home: Home) -> None:
+    home.schedule["prefillChunkSize"] = 8193
+    assert "prefillChunkSize=8193" in home.only_finding()
+
+
+def test_ports_without_a_layout(home: Home) -> None:
+    home.server.update(managementIpAddress="127.0.0.1", metricsPort=1025)
+    assert "metricsPort=1025" in home.only_finding()
+
+
+def test_block_size_multiple_of_16(home: Home) -> None:
+    home.schedule["cacheBlockSize"] = 24
+    assert "not a multiple of 16" in home.warning("cacheBlockSize=24")
+    home.environ = {"MINDIE_DEVICE_TYPE": "npu"}
+    assert "cacheBlockSize=24" in home.only_finding()
+
+
+def test_rules_wait_for_valid_inputs(home: Home) -> None:
+    home.deploy["maxInputTokenLen"] = "2048"
+    home.schedule["maxPrefillTokens"] = 1
+    assert "maxInputTokenLen" in home.only_finding()
+
+
+# --- plugin_params ---
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", 'no string "plugin_type"'),
+        ("{}", 'no string "plugin_type"'),
+        ('{"plugin_type": 1}', 'no string "plugin_type"'),
+        ('{"plugin_type": "a", "plugin_type": "b"}', "more than once"),
+        ('{"plugin_type": "prefix_cach"}', "did you mean prefix_cache?"),
+        (
+            '{"plugin_type": "mtp,prefix_cache", "num_speculative_tokens": 1}',
+            "mtp is not supported by this build",
+        ),
+        ('{"plugin_type": "la"}', "la is not supported by this build"),
+        ('{"plugin_type": "memory_decoding"}', "memory_decoding is not supported by this build"),
+        ('{"plugin_type": "prefix_cache", "x": ' + "[" * 10 + "]" * 10 + "}", "nested too deeply"),
+        ('{"plugin_type": "prefix_cache"}' + " " * 1024, "characters long"),
+        (5, "must be a string holding JSON, or an object, not an integer"),
+    ],
+)
+def test_plugin_params_refused(home: Home, given: object, part: str) -> None:
+    home.model["plugin_params"] = given
+    assert part in home.only_finding()
+
+
+@pytest.mark.parametrize("given", ["", {}, '{"plugin_type": ""}'])
+def test_no_plugin(home: Home, given: object) -> None:
+    home.model["plugin_params"] = given
+    assert not [
+        warning for warning in home.load().warnings if "plugin" in warning and "without effect" not in warning
+    ]
+
+
+def test_plugins_for_speed_are_announced_as_missing(home: Home) -> None:
+    home.model["plugin_params"] = '{"plugin_type": "prefix_cache"}'
+    assert "running without" in home.warning("plugin prefix_cache")
+
+
+# --- this build ---
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("server", {"inferMode": "dmi"}),
+        ("server", {"distDPServerEnabled": True}),
+        ("server", {"layerwiseDisaggregated": True}),
+        ("backend", {"multiNodesInferEnabled": True}),
+        ("backend", {"kvPoolConfig": {"backend": "mooncake"}}),
+        ("deploy", {"LoraModules": [{"name": "a", "path": "b", "baseModelName": "mindie-tiny"}]}),
+        ("model", {"modelInstanceType": "StandardMock"}),
+        ("schedule", {"distributedEnable": True}),
+    ],
+)
+def test_unsupported_is_refused_with_what_to_set(
+    home: Home, section: str, changes: dict[str, object]
+) -> None:
+    getattr(home, section).update(changes)
+    finding = home.only_finding()
+    assert "not supported by this build; allowed: " in finding
+    assert next(iter(changes)) in finding
+
+
+def test_tensor_parallelism_is_refused(home: Home) -> None:
+    home.backend["npuDeviceIds"] = [[0, 1]]
+    home.model["worldSize"] = 2
+    assert "worldSize=2: not supported by this build" in home.only_finding()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("schedule", {"stageSelectPolicy": 1}),
+        ("schedule", {"stageSelectPolicy": 2}),
+        ("schedule", {"supportSelectBatch": True}),
+        ("schedule", {"dynamicBatchSizeEnable": True}),
+        ("schedule", {"prefillChunkSize": 512}),
+        ("deploy", {"maxLoras": 4}),
+        ("server", {"HealthCheckConfig": {"npuUsageThreshold": 10}}),
+    ],
+)
+def test_what_only_changes_speed_is_announced(home: Home, section: str, changes: dict[str, object]) -> None:
+    getattr(home, section).update(changes)
+    assert "not available in this build yet" in home.warning(next(iter(changes)))
+
+
+def test_swapping_is_replaced_by_recomputing(home: Home) -> None:
+    home.schedule["maxPreemptCount"] = 1
+    home.model["cpuMemSize"] = 1
+    assert "recomputing instead" in home.warning("maxPreemptCount=1")
+
+
+def test_remote_code_and_plain_http_are_security_warnings(home: Home) -> None:
+    home.model["trustRemoteCode"] = True
+    assert "security" in home.warning("trustRemoteCode")
+    assert "security" in home.warning("httpsEnabled=false")

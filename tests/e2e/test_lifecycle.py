@@ -1,0 +1,256 @@
+"""Start, names, stop: every way the manual and operations.md know, with real processes and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.harness import HOST, SUCCESS, Daemon, Json, eventually, leftovers, merge, sse_payloads
+
+LONG: Json = {"model": "mindie-tiny", "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+LONG_CONFIG: Json = {
+    "BackendConfig": {
+        "ScheduleConfig": {"maxIterTimes": 4000},
+        "ModelDeployConfig": {"maxSeqLen": 4096},
+    }
+}
+MakeDaemon = Callable[..., Daemon]
+
+
+def with_graceful_stop(seconds: int) -> Json:
+    return merge(LONG_CONFIG, {"BackendConfig": {"runtimeConfig": {"gracefulStopTimeoutSec": seconds}}})
+
+
+def ports_free(daemon: Daemon) -> bool:
+    for port in (daemon.port, daemon.management_port, daemon.metrics_port):
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) == 0:
+                return False
+    return True
+
+
+class Stream(threading.Thread):
+    """A client in the background that reads one long stream to its end, however that comes."""
+
+    def __init__(self, daemon: Daemon, body: Json = LONG) -> None:
+        super().__init__(daemon=True)
+        self._daemon = daemon
+        self._body = body
+        self.started = threading.Event()
+        self.received = b""
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with self._daemon.streaming("/v1/completions", self._body) as response:
+                while chunk := response.read1():
+                    self.received += chunk
+                    self.started.set()
+        except Exception as error:  # a cut connection is a result here
+            self.error = error
+        self.started.set()
+
+
+def test_the_success_line_comes_once_on_stdout_when_requests_are_served(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    with pytest.raises(OSError):
+        daemon.get("/v1/models")  # refused: nobody listens for inference before the model is there
+    daemon.wait_ready()
+    assert daemon.manage("/v2/health/ready").status == 200
+    assert daemon.post("/v1/completions", {"model": "mindie-tiny", "prompt": "Hi", "max_tokens": 1}).status == 200
+    assert daemon.stdout == SUCCESS + "\n"
+    assert daemon.stop() == 0
+
+
+def test_health_tells_how_loading_goes(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    seen = []
+
+    def loading_answered() -> bool:
+        try:
+            seen.append((daemon.manage("/v2/health/live"), daemon.manage("/v2/health/ready")))
+        except OSError:
+            return False
+        return True
+
+    eventually(loading_answered, 30.0, "an answer from the management plane")
+    live, ready = seen[0]
+    if ready.status == 503:  # not already loaded
+        assert live.status == 200 and "loading" in live.json()["message"] and "loading" in ready.json()["message"]
+    daemon.wait_ready()
+    assert daemon.manage("/v2/health/live").body == b"" and daemon.manage("/v2/health/ready").body == b""
+
+
+def test_ps_shows_one_parent_and_every_process_has_the_name(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start().wait_ready()
+    rows = subprocess.run(["ps", "-ef"], capture_output=True, text=True, check=True).stdout.splitlines()
+    mine = [row.split() for row in rows if "mindieservice_daemon" in row]
+    children = [row for row in mine if int(row[2]) == daemon.pid]
+    assert len(children) == 2  # the endpoint and one worker
+    assert [row for row in mine if int(row[1]) == daemon.pid]
+    named = subprocess.run(["pgrep", "mindie"], capture_output=True, text=True, check=True).stdout.split()
+    family = {daemon.pid, *(child.pid for child in psutil.Process(daemon.pid).children(recursive=True))}
+    assert family == {int(row[1]) for row in children} | {daemon.pid}
+    assert family <= {int(pid) for pid in named}
+    assert all(process.name().startswith("mindieservice_d") for process in map(psutil.Process, family))
+
+
+def test_kill_of_the_idle_parent_ends_everything_with_exit_code_0(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start().wait_ready()
+    assert daemon.stop() == 0
+    assert ports_free(daemon) and "Traceback" not in daemon.stderr
+
+
+def test_ctrl_c_reaches_the_whole_group_and_is_clean(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start(new_group=True).wait_ready()
+    os.killpg(daemon.pid, signal.SIGINT)
+    assert daemon.wait() == 0
+    assert "Traceback" not in daemon.stderr and "KeyboardInterrupt" not in daemon.stderr
+
+
+def test_term_while_starting_stops_with_exit_code_0(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    eventually(lambda: "role=worker" in daemon.stderr, 30.0, "forked worker")
+    assert daemon.stop() == 0
+    assert SUCCESS not in daemon.stdout
+
+
+def test_running_requests_finish_before_the_stop_and_new_ones_are_refused(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(with_graceful_stop(100)).start().wait_ready()
+    stream = Stream(daemon)
+    assert stream.started.wait(30)
+    daemon.popen.send_signal(signal.SIGTERM)
+    eventually(lambda: daemon.manage("/v2/health/ready").status == 503, 5.0, "ready 503")
+    refused = daemon.post("/v1/completions", {"model": "mindie-tiny", "prompt": "Hi"})
+    assert refused.status == 503 and "retry-after" in refused.headers
+    assert daemon.wait(110) == 0
+    stream.join(10)
+    payloads = sse_payloads(stream.received)
+    assert payloads[-1] == "[DONE]" and '"completion_tokens":2000' in payloads[-2]
+
+
+def test_requests_still_running_at_the_deadline_get_an_error_event(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(with_graceful_stop(0)).start().wait_ready()
+    stream = Stream(daemon)
+    assert stream.started.wait(30)
+    assert daemon.stop() == 0
+    stream.join(10)
+    payloads = sse_payloads(stream.received)
+    assert '"error"' in payloads[-2] and "stopped" in payloads[-2] and payloads[-1] == "[DONE]"
+
+
+def test_a_second_signal_stops_at_once(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(LONG_CONFIG).start().wait_ready()
+    stream = Stream(daemon)
+    assert stream.started.wait(30)
+    daemon.popen.send_signal(signal.SIGTERM)
+    eventually(lambda: "SIGTERM" in daemon.stderr, 5.0, "the first signal's log line")
+    daemon.popen.send_signal(signal.SIGINT)
+    assert daemon.wait(5) == 0
+
+
+def test_kill_9_of_the_parent_takes_the_children_along(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start().wait_ready()
+    children = daemon.children()
+    os.kill(daemon.pid, signal.SIGKILL)
+    assert daemon.wait() == -signal.SIGKILL
+    gone, alive = psutil.wait_procs(children, timeout=3)
+    assert not alive and len(gone) == 2
+    assert ports_free(daemon)
+    daemon.start().wait_ready()  # at once, on the same ports
+    assert daemon.stop() == 0
+
+
+def test_pkill_9_mindie_leaves_nothing_and_a_restart_works(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start().wait_ready()
+    subprocess.run(["pkill", "-9", "mindie"], check=True)
+    daemon.wait()
+    eventually(lambda: not leftovers(), 3.0, "no process, socket or shared memory left")
+    assert ports_free(daemon)
+    daemon.start().wait_ready()
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_dead_worker_ends_the_service_with_an_error_event(make_daemon: MakeDaemon, number: signal.Signals) -> None:
+    daemon = make_daemon(LONG_CONFIG).start().wait_ready()
+    streams = [Stream(daemon) for _ in range(5)]
+    assert all(stream.started.wait(30) for stream in streams)
+    daemon.child("worker").send_signal(number)
+    assert daemon.wait() == 6
+    for stream in streams:
+        stream.join(10)
+        payloads = sse_payloads(stream.received)
+        assert '"error"' in payloads[-2] and payloads[-1] == "[DONE]"
+    causes = [line for line in daemon.stderr.splitlines() if "died" in line and "[ERROR]" in line]
+    assert len(causes) == 1 and number.name in causes[0] and "role=worker" in causes[0]
+
+
+def test_a_dead_endpoint_ends_the_service(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start().wait_ready()
+    daemon.child("endpoint").kill()
+    assert daemon.wait() == 6
+    assert "role=endpoint" in daemon.stderr and "SIGKILL" in daemon.stderr
+
+
+def test_a_second_daemon_is_refused_before_it_loads_anything(make_daemon: MakeDaemon) -> None:
+    first = make_daemon().start()
+    eventually(lambda: "role=worker" in first.stderr, 30.0, "the first daemon has bound its ports")
+    for moment in ("while the first is starting", "while the first is serving"):
+        second = make_daemon({"ServerConfig": {"port": first.port}}).start()
+        assert second.wait() == 3, moment
+        assert "business plane" in second.stderr and f"{HOST}:{first.port}" in second.stderr
+        assert "role=" not in second.stderr, "nothing was forked"
+        first.wait_ready()
+    assert f"by pid {first.child('endpoint').pid}" in second.stderr
+    assert first.get("/v1/models").status == 200
+
+
+def test_two_daemons_on_different_ports_do_not_meet(make_daemon: MakeDaemon) -> None:
+    first, second = make_daemon().start(), make_daemon().start()
+    first.wait_ready()
+    second.wait_ready()
+    assert first.stop() == 0
+    assert second.get("/v1/models").status == 200
+
+
+def test_a_stale_run_directory_is_swept_and_foreign_names_are_left(make_daemon: MakeDaemon) -> None:
+    stale, foreign = Path(f"/tmp/mindie_{os.getuid()}_999999_1"), Path("/tmp/mindie_notes_of_somebody")
+    stale.mkdir()
+    foreign.mkdir()
+    try:
+        daemon = make_daemon().start().wait_ready()
+        assert not stale.exists() and foreign.exists() and str(stale) in daemon.stderr
+    finally:
+        foreign.rmdir()
+
+
+def test_an_idle_service_burns_no_processor_time(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start().wait_ready()
+    family = [psutil.Process(daemon.pid), *daemon.children()]
+
+    def used() -> float:
+        return sum(sum(p.cpu_times()[:2]) for p in family)
+
+    before = used()
+    time.sleep(2.0)
+    assert used() - before < 0.3  # blocked, not spinning (a spinning process would use 2 s)
+
+
+def test_a_run_writes_nothing_into_the_installation(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    before = {p for p in daemon.root.rglob("*") if "__pycache__" not in p.parts}
+    daemon.start().wait_ready()
+    assert daemon.stop() == 0
+    after = {p for p in daemon.root.rglob("*") if "__pycache__" not in p.parts}
+    assert after - before == {daemon.root / "stdout.log", daemon.root / "stderr.log"}

@@ -1,0 +1,102 @@
+"""The paged CPU backend against the reference, on random ragged batches with shuffled blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.plan import StepKind, build_plan
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence
+from worker.attention.base import AttentionSpec
+from worker.attention.cpu_paged import similar_runs
+from worker.attention.registry import make_attention
+from worker.batch import make_batch
+
+# same arithmetic, other order of summation; bfloat16 rounds inputs of order 1 to 2**-8
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+rows = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    contexts=rows,
+    decode=st.booleans(),
+    block_size=st.sampled_from([1, 4, 16]),
+    heads=st.sampled_from([(4, 4), (6, 2), (5, 1)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_paged_attention_equals_the_reference(
+    contexts: list[tuple[int, int]],
+    decode: bool,
+    block_size: int,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Each row: (tokens already cached, new tokens); decode rows have one new token."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    sequences = []
+    for cached, new in contexts:
+        sequence = Sequence(
+            0, np.zeros(cached + (1 if decode else new), np.int32), SamplingParams(max_tokens=1)
+        )
+        sequence.num_computed = cached
+        sequences.append(sequence)
+    needed = [-(-sequence.num_tokens // block_size) for sequence in sequences]
+    blocks = rng.permutation(sum(needed) + 3).tolist()
+    for sequence, count in zip(sequences, needed, strict=True):
+        sequence.block_table = [blocks.pop() for _ in range(count)]
+    plan = build_plan(StepKind.DECODE if decode else StepKind.PREFILL, sequences, block_size)
+
+    spec = AttentionSpec(num_heads=heads[0], num_kv_heads=heads[1], head_dim=8, dtype=dtype)
+    q, k, v = (torch.randn(plan.num_tokens, n, 8).to(dtype) for n in (heads[0], heads[1], heads[1]))
+    cache = torch.randn(2, sum(needed) + 3, block_size, heads[1], 8).to(dtype)
+    results = []
+    for name in ("reference", "cpu_paged"):
+        backend = make_attention(name, spec)
+        k_cache, v_cache = cache.clone().unbind(0)
+        backend.begin_step(make_batch(plan, torch.device("cpu")), block_size)
+        # the step's tensors are in the batch's order; which row is where does not matter here
+        results.append((backend.forward(q, k, v, k_cache, v_cache), k_cache, v_cache))
+    (want, *want_cache), (got, *got_cache) = results
+    torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert all(torch.equal(a, b) for a, b in zip(got_cache, want_cache, strict=True))
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=50))
+def test_runs_cover_all_rows_in_order_and_bound_the_padding(widths: list[int]) -> None:
+    widths = sorted(widths, reverse=True)
+    runs = similar_runs(widths)
+    assert [row for first, last in runs for row in range(first, last)] == list(range(len(widths)))
+    for first, last in runs:
+        assert widths[first] <= 1.5 * widths[last - 1] + 1
+
+
+def test_rows_of_equal_width_share_one_run() -> None:
+    assert similar_runs([3, 3, 3, 2]) == [(0, 4)]
+
+
+def test_a_step_leaves_slots_of_other_sequences_alone() -> None:
+    spec = AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=4, dtype=torch.float32)
+    sequence = Sequence(0, np.zeros(3, np.int32), SamplingParams(max_tokens=1))
+    sequence.block_table = [2]
+    batch = make_batch(build_plan(StepKind.PREFILL, [sequence], 4), torch.device("cpu"))
+    backend = make_attention("cpu_paged", spec)
+    k_cache, v_cache = torch.zeros(2, 4, 4, 1, 4).unbind(0)
+    backend.begin_step(batch, 4)
+    backend.forward(torch.ones(3, 2, 4), torch.ones(3, 1, 4), torch.ones(3, 1, 4), k_cache, v_cache)
+    for cache in (k_cache, v_cache):
+        assert cache[2, :3].eq(1).all()
+        assert cache.sum() == 3 * 4
+
+
+def test_an_unknown_backend_is_a_programming_error() -> None:
+    with pytest.raises(KeyError):
+        make_attention("no_such", AttentionSpec(1, 1, 2, torch.float32))

@@ -1,0 +1,172 @@
+"""Choosing a platform, the container's memory limits, and the start-up probe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.errors import EXIT_INIT, StartupError
+from worker.layers.linear import Float32Scratch, PackedLinear, PlainLinear, UpcastingLinear
+from worker.platforms.base import MemoryInfo
+from worker.platforms.cpu import CpuPlatform
+from worker.platforms.cpu_kernels import LinearKernels
+from worker.platforms.memory_limits import read_memory
+from worker.platforms.registry import select_platform
+
+MIB = 2**20
+
+
+def test_auto_finds_the_cpu_here() -> None:
+    assert select_platform("auto").name == "cpu"
+    assert select_platform("cpu").name == "cpu"
+
+
+@pytest.mark.parametrize("device_type", ["npu", "cuda"])
+def test_a_named_device_that_is_not_there_is_refused(device_type: str) -> None:
+    with pytest.raises(StartupError, match=device_type) as caught:
+        select_platform(device_type)
+    assert caught.value.exit_code == EXIT_INIT
+
+
+@pytest.mark.parametrize(
+    ("requested", "stored", "want"),
+    [
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float16, torch.float32),
+        ("float16", torch.bfloat16, torch.float32),
+        ("bfloat16", torch.float32, torch.bfloat16),
+        ("float32", torch.bfloat16, torch.float32),
+    ],
+)
+def test_weight_dtype(requested: str, stored: torch.dtype, want: torch.dtype) -> None:
+    assert CpuPlatform().weight_dtype(requested, stored) == want  # type: ignore[arg-type]
+
+
+def test_threads_are_the_cores_of_the_affinity_mask_over_the_workers() -> None:
+    cores = len(os.sched_getaffinity(0))
+    CpuPlatform().set_up(device_id=0, num_workers=1, threads=0)
+    assert torch.get_num_threads() == cores
+    CpuPlatform().set_up(device_id=0, num_workers=cores + 1, threads=0)
+    assert torch.get_num_threads() == 1
+    CpuPlatform().set_up(device_id=0, num_workers=1, threads=3)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Callable[[str, dict[str, dict[str, int | str]]], Path]:
+    """A file system with 800 of 1000 MiB available and the given control groups."""
+
+    def make(cgroup: str, groups: dict[str, dict[str, int | str]]) -> Path:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/meminfo").write_text(f"MemTotal: {1000 * 1024} kB\nMemAvailable: {800 * 1024} kB\n")
+        (tmp_path / "proc/self/cgroup").write_text(cgroup)
+        for folder, files in groups.items():
+            path = tmp_path / "sys/fs/cgroup" / folder
+            path.mkdir(parents=True, exist_ok=True)
+            for name, value in files.items():
+                (path / name).write_text(f"{value}\n")
+        return tmp_path
+
+    return make
+
+
+Root = Callable[[str, dict[str, dict[str, int | str]]], Path]
+
+
+def test_memory_without_groups_is_that_of_the_machine(root: Root) -> None:
+    memory = read_memory(root("0::/\n", {}))
+    assert (memory.available, memory.total) == (800 * MIB, 1000 * MIB)
+
+
+def test_a_v2_limit_of_a_parent_counts_and_page_cache_does_not(root: Root) -> None:
+    groups: dict[str, dict[str, int | str]] = {
+        "pod": {
+            "memory.max": 500 * MIB,
+            "memory.current": 300 * MIB,
+            "memory.stat": f"anon 1\ninactive_file {60 * MIB}\nactive_file {40 * MIB}",
+        },
+        "pod/box": {"memory.max": "max", "memory.current": 5 * MIB},
+    }
+    memory = read_memory(root("0::/pod/box\n", groups))
+    assert (memory.available, memory.total) == (300 * MIB, 500 * MIB)
+
+
+def test_a_v1_limit_seen_only_at_the_mount_point_counts(root: Root) -> None:
+    groups: dict[str, dict[str, int | str]] = {
+        "memory": {"memory.limit_in_bytes": 400 * MIB, "memory.usage_in_bytes": 100 * MIB}
+    }
+    memory = read_memory(root("3:cpu:/\n4:memory:/of/the/host\n", groups))
+    assert (memory.available, memory.total) == (300 * MIB, 400 * MIB)
+
+
+def test_an_exceeded_limit_leaves_nothing(root: Root) -> None:
+    groups: dict[str, dict[str, int | str]] = {"": {"memory.max": 10 * MIB, "memory.current": 90 * MIB}}
+    assert read_memory(root("0::/\n", groups)).available == 0
+
+
+def test_the_real_machine_has_memory() -> None:
+    memory = read_memory(Path("/"))
+    assert 0 < memory.available <= memory.total
+
+
+def test_workers_share_the_automatic_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = CpuPlatform()
+    monkeypatch.setattr(platform, "memory", lambda: MemoryInfo(available=800 * MIB, total=1000 * MIB))
+    assert platform.kv_budget(1) == 200 * MIB
+    assert platform.kv_budget(2) == 100 * MIB
+
+
+# sums of 40 products: float32 differs in the last bits, bfloat16 by one rounding of a result of order 10
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2}}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_all_linears_compute_the_same(dtype: torch.dtype, with_bias: bool) -> None:
+    torch.manual_seed(0)
+    scratch = Float32Scratch()
+    for outputs in (24, 8, 56):  # the scratch holds weights of other sizes in between
+        weight = torch.randn(outputs, 40).to(dtype)
+        bias = torch.randn(outputs).to(dtype) if with_bias else None
+        plain, packed = PlainLinear(weight, bias), PackedLinear(weight, bias)
+        assert torch.equal(packed.dense(), weight)
+        for rows in (1, 7, 33, UpcastingLinear.MIN_ROWS):
+            x = torch.randn(rows, 40).to(dtype)
+            want = (x.double() @ weight.double().T + (0 if bias is None else bias.double())).to(dtype)
+            for linear in (plain, packed, UpcastingLinear(plain, scratch), UpcastingLinear(packed, scratch)):
+                torch.testing.assert_close(linear(x), want, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("upcast", [True, False])
+def test_the_platform_builds_what_the_probe_found(
+    monkeypatch: pytest.MonkeyPatch, packed: bool, upcast: bool
+) -> None:
+    probed: list[torch.dtype] = []
+
+    def probe(dtype: torch.dtype) -> LinearKernels:
+        probed.append(dtype)
+        return LinearKernels(packed, upcast)
+
+    monkeypatch.setattr("worker.platforms.cpu.probe_linears", probe)
+    platform = CpuPlatform()
+    made = [platform.pack_linear(torch.eye(3, dtype=torch.bfloat16), None) for _ in range(2)]
+    want = UpcastingLinear if upcast else PackedLinear if packed else PlainLinear
+    assert [type(linear) for linear in made] == [want, want]
+    assert probed == [torch.bfloat16]
+    assert ("packed" in platform.describe(), "float32" in platform.describe()) == (packed, upcast)
+
+
+def test_a_missing_packed_kernel_falls_back_to_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> PackedLinear:
+        raise RuntimeError("no oneDNN in this build")
+
+    monkeypatch.setattr("worker.platforms.cpu_kernels.PackedLinear", refuse)
+    platform = CpuPlatform()
+    linear = platform.pack_linear(torch.eye(3), None)
+    assert torch.equal(linear(torch.ones(1, 3)), torch.ones(1, 3))
+    assert "plain" in platform.describe()
