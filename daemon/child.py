@@ -13,11 +13,9 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-import zmq
-
 from daemon.title import set_process_name
 from engine.errors import EXIT_INIT, StartupError
-from engine.wire.links import ControlLink
+from engine.wire.links import Control
 from engine.wire.messages import Fatal
 
 log = logging.getLogger("server.child")
@@ -25,7 +23,9 @@ log = logging.getLogger("server.child")
 _PR_SET_PDEATHSIG = 1
 
 
-def run_child(parent_pid: int, lifeline_fd: int, control: ControlLink, entry: Callable[[], int]) -> NoReturn:
+def run_child(
+    parent_pid: int, lifeline_fd: int, control_address: str, identity: str, entry: Callable[[Control], int]
+) -> NoReturn:
     """Become a child of `parent_pid` and end with the entry's exit code. Call it right after fork."""
     code = EXIT_INIT
     try:
@@ -34,13 +34,16 @@ def run_child(parent_pid: int, lifeline_fd: int, control: ControlLink, entry: Ca
         faulthandler.enable()
         random.seed()
         set_process_name()
-        code = entry()
-    except StartupError as error:
-        code = error.exit_code
-        _last_words(control, code, str(error))
-    except BaseException as error:  # the outermost loop of this process: report, then die
-        log.exception("%s failed", control.identity)
-        _last_words(control, code, f"{type(error).__name__}: {error}".splitlines()[0])
+        control = Control(control_address, identity)
+        try:
+            code = entry(control)
+        except StartupError as error:
+            code = error.exit_code
+            control.channel.send(Fatal(code, str(error)))
+        except Exception as error:  # the outermost loop of this process: report, then die
+            log.exception("%s failed", identity)
+            control.channel.send(Fatal(code, f"{type(error).__name__}: {error}".splitlines()[0]))
+        control.close()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -70,10 +73,3 @@ def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-
-def _last_words(control: ControlLink, code: int, reason: str) -> None:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    channel = control.open(context)
-    channel.send(Fatal(code, reason))
-    channel.close()
-    context.term()  # waits for delivery, at most the channel's linger time

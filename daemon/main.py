@@ -25,7 +25,7 @@ from endpoint.tls import check_listeners
 from engine.errors import EXIT_USAGE, StartupError
 from engine.settings import Listener, ServerSettings
 from engine.wire import layout
-from engine.wire.links import ControlLink, InstanceWire
+from engine.wire.links import Control, InstanceWire
 from engine.wire.ring import create_ring
 from worker.context import WorkerContext
 
@@ -104,7 +104,7 @@ def _supervise(settings: ServerSettings, sockets: list[socket.socket], name: str
     specs = plan_processes(settings)
     num_workers = len(specs) - 1
 
-    def entry(spec: ProcessSpec, control: ControlLink) -> int:
+    def entry(spec: ProcessSpec, control: Control) -> int:
         """What a child does; imports here, because the parent must never load aiohttp or torch."""
         if spec.role == "endpoint":
             from endpoint.main import run_endpoint

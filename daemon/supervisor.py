@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from types import FrameType
 
 import psutil
@@ -29,7 +30,7 @@ from daemon.child import run_child
 from daemon.plan import ProcessSpec
 from engine.errors import EXIT_CHILD_DIED, EXIT_INIT, EXIT_OK
 from engine.wire.channel import ControlHub
-from engine.wire.links import ENDPOINT, ControlLink
+from engine.wire.links import ENDPOINT, Control
 from engine.wire.messages import Drain, Fatal, InstanceDown, Message, Progress, Ready
 
 log = logging.getLogger("server.supervisor")
@@ -43,7 +44,7 @@ _IDLE_TURN_S = 3600.0  # nothing is due while serving
 _PROGRESS_EVERY_S = 5.0
 _LAST_WORDS_S = 0.5  # a dying child's reason may arrive just after its SIGCHLD
 
-Entry = Callable[[ProcessSpec, ControlLink], int]
+Entry = Callable[[ProcessSpec, Control], int]
 
 
 class State(Enum):
@@ -124,7 +125,6 @@ class Supervisor:
         sys.stdout.flush()
         sys.stderr.flush()
         for spec in self._specs:
-            control = ControlLink(self._control_address, spec.identity)
             pid = os.fork()
             if pid == 0:
                 os.close(lifeline_write)  # only the parent's end may keep the pipe open
@@ -132,7 +132,8 @@ class Supervisor:
                 if spec.role != "endpoint":
                     for sock in self._listeners:
                         sock.close()
-                run_child(parent_pid, lifeline_read, control, lambda s=spec, c=control: self._entry(s, c))  # type: ignore[misc]
+                entry = partial(self._entry, spec)
+                run_child(parent_pid, lifeline_read, self._control_address, spec.identity, entry)
             self._children[pid] = Child(spec, pid)
             log.info("%s pid=%d started", spec, pid)
         os.close(lifeline_read)

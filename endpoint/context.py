@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
-from engine.wire.links import ControlLink, InstanceWire
+from engine.wire.links import Control, InstanceWire
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,4 +17,4 @@ class EndpointContext:
     model: ModelSettings
     sockets: Sequence[socket.socket]  # bound, one per settings.listeners, in that order
     wires: Sequence[InstanceWire]
-    control: ControlLink
+    control: Control

@@ -12,7 +12,6 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-import zmq
 from aiohttp import web
 
 from endpoint.app import BusinessPlane, make_app
@@ -51,10 +50,9 @@ class _Endpoint:
     async def run(self) -> None:
         given = self._given
         loop = asyncio.get_running_loop()
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._drain: asyncio.Future[float] = loop.create_future()
-        self._control = given.control.open(context)
-        self._engine = EngineClient(given.wires, context)
+        self._control = given.control.channel
+        self._engine = EngineClient(given.wires, given.control.context)
         loop.add_reader(self._control.fileno(), self._on_control)
         loop.add_signal_handler(signal.SIGTERM, self._stop_within, 0.0)
 
@@ -80,7 +78,6 @@ class _Endpoint:
             watcher.cancel()
         for runner in self._runners:
             await runner.cleanup()
-        self._control.close()
 
     async def _until_drain(self, work: Coroutine[Any, Any, GenerationService]) -> GenerationService | None:
         """The work's result, or None when the service is stopped before it is there."""

@@ -309,7 +309,9 @@ def _add_declared(tokenizer: Tokenizer, declared: Mapping[str, Any]) -> None:
         content = _content(entry)
         if not content or tokenizer.token_to_id(content) is not None:
             continue
-        tokenizer.add_tokens([AddedToken(content, **{name: entry.get(name) is True for name in _TOKEN_FLAGS})])
+        tokenizer.add_tokens(
+            [AddedToken(content, **{name: entry.get(name) is True for name in _TOKEN_FLAGS})]
+        )
         if str(tokenizer.token_to_id(content)) != token_id:
             raise StartupError(
                 f"tokenizer_config.json gives the token {content!r} the id {token_id}, which does not follow "

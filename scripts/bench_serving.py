@@ -466,7 +466,7 @@ def summarize(
     latencies = {
         "ttft": [answer.first - answer.sent for answer in good],
         "tpot": [(a.frames[-1] - a.first) / (a.tokens - 1) for a in good if a.tokens > 1],
-        "itl": [b - a for answer in good for a, b in zip(answer.frames, answer.frames[1:], strict=False)],
+        "itl": [b - a for answer in good for a, b in itertools.pairwise(answer.frames)],
         "e2e": [answer.frames[-1] - answer.sent for answer in good],
     }
     for name, values in latencies.items():

@@ -109,17 +109,16 @@ install_everything() {
 }
 
 install_sources() {
-    local hash build
+    local hash build=$work/build
     hash=$(hash_files setup.cfg pyproject.toml daemon endpoint engine worker)
     if stamped "$home" sources "$hash"; then
         step "service" "unchanged"
         return
     fi
     # built from a copy: setuptools leaves build/ behind, and would ship again what is no longer in the tree
-    build=$(mktemp -d)
+    mkdir "$build"
     cp -R setup.cfg pyproject.toml README.md LICENSE daemon endpoint engine worker "$build"
     pip_install "$home" --no-deps --no-index --no-build-isolation --force-reinstall "$build"
-    rm -rf "$build"
     stamp "$home" sources "$hash"
     step "service" "bin/mindieservice_daemon installed"
 }
@@ -167,8 +166,6 @@ EOF
 }
 
 start_daemon() {
-    # left over from another installation, they would send this one to the other's configuration
-    unset MINDIE_LLM_HOME_PATH MIES_INSTALL_PATH MIES_CONFIG_JSON_PATH
     step "starting" "nohup ./bin/mindieservice_daemon > output.log 2>&1 &"
     cd -- "$home"
     : > output.log
@@ -267,6 +264,8 @@ EOF
 }
 
 parse_arguments "$@"
+# set for another installation, they would send this one to the other's configuration
+unset MINDIE_LLM_HOME_PATH MIES_INSTALL_PATH MIES_CONFIG_JSON_PATH
 daemon_pid=$(running_pid)
 if [[ -n $daemon_pid ]]; then
     printf 'mindieservice_daemon is running already in %s; nothing was changed.\n' "$home"

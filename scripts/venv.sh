@@ -2,6 +2,9 @@
 # Expects the working directory to be the repository. Everything already there is kept.
 # shellcheck shell=bash
 
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2
     exit 1
@@ -34,15 +37,12 @@ make_venv() {
 
 # pip_install DIRECTORY ARGUMENT...: silent, unless it fails.
 pip_install() {
-    local directory=$1 log
+    local directory=$1
     shift
-    log=$(mktemp)
-    if ! "$directory/bin/python" -m pip install --quiet --disable-pip-version-check "$@" > "$log" 2>&1; then
-        tail -n 30 "$log" >&2
-        rm -f "$log"
+    if ! "$directory/bin/python" -m pip install -q --disable-pip-version-check "$@" > "$work/pip.log" 2>&1; then
+        tail -n 30 "$work/pip.log" >&2
         die "pip could not install into $directory; what it said is above"
     fi
-    rm -f "$log"
 }
 
 # A stamp remembers what a step was done with, so that the step is repeated exactly when that has changed.
@@ -67,10 +67,9 @@ dependencies_hash() { # DIRECTORY EXTRA...
 
 # install_dependencies DIRECTORY EXTRA...: what setup.cfg asks for, in the releases of constraints.txt.
 install_dependencies() {
-    local directory=$1 list
+    local directory=$1
     shift
-    list=$(mktemp)
-    "$directory/bin/python" - "$@" > "$list" << 'EOF'
+    "$directory/bin/python" - "$@" > "$work/requirements.txt" << 'EOF'
 import configparser
 import sys
 
@@ -81,7 +80,6 @@ for extra in sys.argv[1:]:
     print(config["options.extras_require"][extra])
 print("setuptools")  # builds our own package
 EOF
-    pip_install "$directory" --constraint constraints.txt --requirement "$list"
-    rm -f "$list"
+    pip_install "$directory" --constraint constraints.txt --requirement "$work/requirements.txt"
     stamp "$directory" dependencies "$(dependencies_hash "$directory" "$@")"
 }

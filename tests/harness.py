@@ -13,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -146,6 +147,19 @@ class Daemon:
                 return psutil.Process(int(line.split("pid=")[1].split()[0]))
         raise AssertionError(f"no {role} in the log")
 
+    def leftovers(self) -> set[str]:
+        """What this daemon has left behind: processes in its directory, shared memory, socket directories."""
+        found = set()
+        for process in psutil.process_iter(["name", "status"]):
+            named = (process.info["name"] or "").startswith("mindieservice_d")
+            if named and process.info["status"] != psutil.STATUS_ZOMBIE:
+                with contextlib.suppress(psutil.Error):
+                    if process.cwd() == str(self.root):
+                        found.add(f"process {process.pid}")
+        for place in ("/dev/shm", tempfile.gettempdir()):
+            found |= {str(path) for path in Path(place).glob(f"mindie_*_{self.pid}_*")}
+        return found
+
     # -- talking to it ------------------------------------------------------------------------------
 
     @property
@@ -252,15 +266,3 @@ def write_config(root: Path, config: Json) -> None:
     path = root / "conf" / "config.json"
     path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     path.chmod(0o640)
-
-
-def leftovers() -> set[str]:
-    """What a run may leave behind: processes by name, shared memory, socket directories."""
-    processes = {
-        f"process {p.pid}"
-        for p in psutil.process_iter(["name", "status"])
-        if (p.info["name"] or "").startswith("mindieservice_d") and p.info["status"] != psutil.STATUS_ZOMBIE
-    }
-    shm = {str(path) for path in Path("/dev/shm").glob(f"mindie_{os.getuid()}_*")}
-    run_dirs = {str(path) for path in Path("/tmp").glob(f"mindie_{os.getuid()}_*")}
-    return processes | shm | run_dirs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.settings import ModelSettings, ScheduleSettings
-from engine.wire.links import ControlLink, InstanceWire
+from engine.wire.links import Control, InstanceWire
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,4 +15,4 @@ class WorkerContext:
     wire: InstanceWire
     device: int
     num_workers: int  # on this machine; they share its processor
-    control: ControlLink
+    control: Control

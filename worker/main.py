@@ -27,8 +27,7 @@ _CONNECT_S = 30.0  # the endpoint binds long before a model is loaded
 
 def run_worker(given: WorkerContext) -> int:
     """Serve one model instance; SIGTERM ends the process by default action, nothing needs tidying."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    control = given.control.open(context)
+    context, control = given.control.context, given.control.channel
     wire = given.wire
 
     def progress(phase: str, fraction: float) -> None:

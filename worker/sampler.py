@@ -68,7 +68,8 @@ class Sampler:
 def uniform(seed: NDArray[np.uint64], position: NDArray[np.uint64]) -> NDArray[np.float64]:
     """A number in [0, 1) out of (seed, position) alone: neither preemption nor batch order matters."""
     bits = _mix(_mix(seed) + (position + np.uint64(1)) * _GOLDEN)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    result: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return result
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -78,7 +79,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Finalizer of SplitMix64 (Steele et al. 2014): every input bit moves every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def _sample_row(logits: Floats, sequence: Sequence, u: float) -> int:

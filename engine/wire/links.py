@@ -12,6 +12,7 @@ from engine.wire.ring import Ring
 ENDPOINT = "endpoint"
 
 _CONNECT_S = 5.0  # the parent binds right after its last fork
+_LINGER_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +26,15 @@ class InstanceWire:
     token_ring: Ring
 
 
-@dataclass(frozen=True, slots=True)
-class ControlLink:
-    """A child's line to the parent."""
+class Control:
+    """A child's line to the parent, and the ZeroMQ context of this process. Open it after the fork."""
 
-    address: str
-    identity: str
+    def __init__(self, address: str, identity: str) -> None:
+        self.identity = identity
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.channel = Channel(self.context, zmq.DEALER, address, identity=identity)
+        self.channel.wait_connected(_CONNECT_S)
 
-    def open(self, context: zmq.Context[zmq.Socket[bytes]]) -> Channel:
-        """Connected, unless the parent is busy dying."""
-        channel = Channel(context, zmq.DEALER, self.address, identity=self.identity)
-        channel.wait_connected(_CONNECT_S)
-        return channel
+    def close(self) -> None:
+        """Close every socket of this process, once its last messages are out or a second has passed."""
+        self.context.destroy(linger=_LINGER_MS)

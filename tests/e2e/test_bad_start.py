@@ -70,14 +70,14 @@ def test_a_key_that_does_not_belong_to_its_certificate(make_daemon: MakeDaemon) 
     key = daemon.root / "security" / "keys" / "server.key.pem"
     key.chmod(0o600)
     shutil.copyfile(daemon.client_dir / "client.key.pem", key)
-    assert_refused(daemon, 4, "server.key.pem", "match")
+    assert_refused(daemon, 4, "server.key.pem", "certs/server.pem", "install the key")
 
 
 def test_a_private_key_others_can_read_is_refused(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(https=True)
     key = daemon.root / "security" / "keys" / "server.key.pem"
     key.chmod(0o644)
-    assert_refused(daemon, 1, f"chmod 600 {key}")
+    assert_refused(daemon, 1, f"chmod 0600 {key}")
 
 
 def test_a_taken_port_names_plane_address_and_owner(make_daemon: MakeDaemon) -> None:

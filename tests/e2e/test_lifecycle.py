@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import HOST, SUCCESS, Daemon, Json, eventually, leftovers, merge, sse_payloads
+from tests.harness import HOST, SUCCESS, Daemon, Json, eventually, merge, sse_payloads
 
 LONG: Json = {"model": "mindie-tiny", "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 LONG_CONFIG: Json = {
@@ -175,7 +175,7 @@ def test_pkill_9_mindie_leaves_nothing_and_a_restart_works(make_daemon: MakeDaem
     daemon = make_daemon().start().wait_ready()
     subprocess.run(["pkill", "-9", "mindie"], check=True)
     daemon.wait()
-    eventually(lambda: not leftovers(), 3.0, "no process, socket or shared memory left")
+    eventually(lambda: not daemon.leftovers(), 3.0, "no process, socket or shared memory left")
     assert ports_free(daemon)
     daemon.start().wait_ready()
     assert daemon.stop() == 0

@@ -17,7 +17,22 @@ from endpoint.tokenizer import TokenizerPool
 from tests.endpoint import tiny_tokenizers
 
 FAMILIES = ["byte_level", "sentencepiece"]
-PIECES = ["hello", " world", ",", "\n", "你", "好", "世", "é", "e\u0301", "👩\u200d🚀", "🇨🇳", "😀", "नि", "\ufffd"]
+PIECES = [
+    "hello",
+    " world",
+    ",",
+    "\n",
+    "你",
+    "好",
+    "世",
+    "é",
+    "e\u0301",
+    "👩\u200d🚀",
+    "🇨🇳",
+    "😀",
+    "नि",
+    "\ufffd",
+]
 TEXT = st.lists(
     st.one_of(st.sampled_from(PIECES), st.characters(exclude_categories=["Cs"])), max_size=40
 ).map("".join)
@@ -37,7 +52,11 @@ def ids_of(tokenizer: TokenizerPool, text: str) -> list[int]:
 
 
 def run(
-    tokenizer: TokenizerPool, ids: Sequence[int], prompt: Sequence[int] = (), stop: Sequence[str] = (), **options: bool
+    tokenizer: TokenizerPool,
+    ids: Sequence[int],
+    prompt: Sequence[int] = (),
+    stop: Sequence[str] = (),
+    **options: bool,
 ) -> list[TextDelta]:
     detokenizer = IncrementalDetokenizer(tokenizer, prompt, stop=stop, **options)
     deltas = []
@@ -178,7 +197,8 @@ def test_only_what_may_become_a_stop_string_is_held_back(text: str, stop: list[s
             return
         seen = tokenizer.decode(ids[:number]).removesuffix("\ufffd")
         begun = max(
-            (size for string in stop for size in range(1, len(string)) if seen.endswith(string[:size])), default=0
+            (size for string in stop for size in range(1, len(string)) if seen.endswith(string[:size])),
+            default=0,
         )
         assert sent == seen[: len(seen) - begun]
 

@@ -120,12 +120,18 @@ def test_the_number_of_values_is_limited(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(json_body, "MAX_NODES", 1000)
     parse_body(b'{"a": [' + b"1," * 990 + b"1]}", 64)
     parse_body(b'{"a": "' + b"," * 5000 + b'"}', 64)
-    for raw in (b'{"a": [' + b"1," * 1000 + b"1]}", b'{"a": [' + b"[]," * 1000 + b"1]}", b'"' * 9000 + b"," * 1000):
+    for raw in (
+        b'{"a": [' + b"1," * 1000 + b"1]}",
+        b'{"a": [' + b"[]," * 1000 + b"1]}",
+        b'"' * 9000 + b"," * 1000,
+    ):
         with pytest.raises(InvalidRequest, match="more than 1000 JSON values"):
             parse_body(raw, 64)
 
 
-@pytest.mark.parametrize("raw", [b'{"secret": }', b'{"secret": 1, "secret": 2}', b'["secret"]', b'{"secret": "\xff"}'])
+@pytest.mark.parametrize(
+    "raw", [b'{"secret": }', b'{"secret": 1, "secret": 2}', b'["secret"]', b'{"secret": "\xff"}']
+)
 def test_the_refusal_repeats_nothing_of_the_body(raw: bytes) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_body(raw, 64)

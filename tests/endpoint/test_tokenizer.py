@@ -22,7 +22,9 @@ FAMILIES = ["byte_level", "sentencepiece"]
 
 
 def make(directory: Path, family: str = "byte_level", **config: Any) -> TokenizerPool:
-    return TokenizerPool(tiny_tokenizers.save(getattr(tiny_tokenizers, family)(), directory, **config), threads=2)
+    return TokenizerPool(
+        tiny_tokenizers.save(getattr(tiny_tokenizers, family)(), directory, **config), threads=2
+    )
 
 
 def user(content: str, **more: Any) -> ChatPrompt:
@@ -55,7 +57,11 @@ def test_short_and_long_texts_are_encoded_alike(tmp_path: Path, family: str) -> 
 def test_plain_prompts_get_the_default_special_tokens_and_chats_only_the_templates(tmp_path: Path) -> None:
     pool = make(tmp_path, "sentencepiece")
     assert control_ids(pool, pool.encode("hello")) == ["<s>"]
-    assert control_ids(pool, pool.encode_chat(user("hello"))) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert control_ids(pool, pool.encode_chat(user("hello"))) == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+    ]
 
 
 def test_add_bos_token_of_the_tokenizer_config_is_honoured(tmp_path: Path) -> None:
@@ -70,7 +76,9 @@ def test_a_chat_is_rendered_by_the_template(tmp_path: Path) -> None:
         "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert pool.render_chat(user("hi", add_generation_prompt=False)).endswith("hi<|im_end|>\n")
-    assert pool.render_chat(user("hi", template_kwargs={"enable_thinking": False})).endswith("<think></think>")
+    assert pool.render_chat(user("hi", template_kwargs={"enable_thinking": False})).endswith(
+        "<think></think>"
+    )
 
 
 def test_a_template_file_wins_and_may_use_what_templates_use(tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_a_template_file_wins_and_may_use_what_templates_use(tmp_path: Path) -> 
     )
     (tmp_path / "chat_template.jinja").write_text(template)
     chat = ChatPrompt([{"role": "user", "content": "<é'>"}, {"role": "user", "content": "no"}])
-    assert make(tmp_path).render_chat(chat) == "<s>{\"a\": \"<é'>\"}4"
+    assert make(tmp_path).render_chat(chat) == '<s>{"a": "<é\'>"}4'
 
 
 def test_the_default_of_several_templates_is_taken(tmp_path: Path) -> None:
@@ -109,7 +117,9 @@ def test_a_template_that_fails_refuses_the_request(tmp_path: Path, template: str
         pool.encode_chat(user("hi"))
 
 
-@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "raise_exception", "bos_token", "range"])
+@pytest.mark.parametrize(
+    "name", ["messages", "add_generation_prompt", "raise_exception", "bos_token", "range"]
+)
 def test_template_kwargs_cannot_replace_what_the_server_sets(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match=name):
         make(tmp_path).encode_chat(user("hi", template_kwargs={name: "x"}))
@@ -164,7 +174,9 @@ def test_the_guarded_way_encodes_everything_else_as_the_plain_way(
     pool = POOLS.get(family) or POOLS.setdefault(family, make(tmp_path_factory.mktemp(family), family))
     content = data.draw(st.text(st.sampled_from("hello wrd\n你😀<|"), max_size=30))
     chat = user(content + "<")  # what may be the beginning of a control token takes the guarded way
-    assert pool.encode_chat(chat) == pool._tokenizer.encode(pool.render_chat(chat), add_special_tokens=False).ids
+    assert (
+        pool.encode_chat(chat) == pool._tokenizer.encode(pool.render_chat(chat), add_special_tokens=False).ids
+    )
 
 
 def test_eos_ids_come_from_all_three_places(tmp_path: Path) -> None:

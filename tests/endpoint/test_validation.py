@@ -98,7 +98,20 @@ def test_legal_stops(stop: Any, expected: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     "stop",
-    ["", [""], ["a", ""], [1], 1, True, {}, ["a", None], "x" * 32769, ["x" * 1025], ["x" * 1000] * 33, ["😀" * 513]],
+    [
+        "",
+        [""],
+        ["a", ""],
+        [1],
+        1,
+        True,
+        {},
+        ["a", None],
+        "x" * 32769,
+        ["x" * 1025],
+        ["x" * 1000] * 33,
+        ["😀" * 513],
+    ],
 )
 def test_illegal_stops(stop: Any) -> None:
     with pytest.raises(InvalidRequest, match="`stop`"):
@@ -257,7 +270,9 @@ def test_messages_must_be_a_list_with_something_in_it(value: Any) -> None:
 
 
 def resolve(generation_defaults: dict[str, Any] | None = None, **asked: Any) -> SamplingParams:
-    return resolve_sampling(model_info(**(generation_defaults or {})), **{"max_tokens": 10, "seed": 1, **asked})
+    return resolve_sampling(
+        model_info(**(generation_defaults or {})), **{"max_tokens": 10, "seed": 1, **asked}
+    )
 
 
 SAMPLES = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
@@ -305,7 +320,8 @@ def test_unusable_values_of_the_generation_config_are_as_none(wrong: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("defaults", "asked", "used"), [({}, 5000, 1000), ({}, -1, 0), ({}, 0, 0), ({"top_k": 50}, 100, 50), (SAMPLES, 0, 0)]
+    ("defaults", "asked", "used"),
+    [({}, 5000, 1000), ({}, -1, 0), ({}, 0, 0), ({"top_k": 50}, 100, 50), (SAMPLES, 0, 0)],
 )
 def test_top_k_is_lowered_to_the_models_cap(defaults: dict[str, Any], asked: int, used: int) -> None:
     assert resolve(defaults, top_k=asked).top_k == used

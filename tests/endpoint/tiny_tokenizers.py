@@ -6,9 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
-CORPUS = ["hello world, this is a tiny text to learn from", "the cat sat on the mat", "你好世界", "hello hello"] * 3
+CORPUS = [
+    "hello world, this is a tiny text to learn from",
+    "the cat sat on the mat",
+    "你好世界",
+    "hello hello",
+] * 3
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = """\
 {%- for message in messages %}

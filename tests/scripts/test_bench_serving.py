@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from types import ModuleType, SimpleNamespace
@@ -141,13 +142,14 @@ def test_connection_knows_the_end_of_an_answer(reads_at: list[int]) -> None:
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     edges = [0, *sorted({place for place in places if 0 < place < len(data)}), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 def test_other_servers_spellings() -> None:
     """Spaces in the JSON, carriage returns, no chunking, comments, text and finish in one frame, no usage."""
     lines = ': ping\r\n\r\ndata: {"choices": [{"text": " a", "index": 0}]}\r\n\r\n'
-    last = 'data:{"choices": [{"text": "b", "finish_reason": "length"}], "usage": null}\r\n\r\ndata: [DONE]\r\n\r\n'
+    last = 'data:{"choices": [{"text": "b", "finish_reason": "length"}], "usage": null}\r\n\r\n'
+    last += "data: [DONE]\r\n\r\n"
     answer = bench.read_answer(0.0, timed(b"HTTP/1.1 200 OK\r\n\r\n", lines.encode(), last.encode()))
     assert answer.error is None
     assert answer.frames == [1.0, 2.0]
@@ -245,7 +247,7 @@ def test_prompts_differ_and_follow_the_seed() -> None:
 
     prompts = first(1)
     assert len({tuple(prompt) for prompt in prompts}) == 50
-    assert all(len(prompt) == 32 and 100 <= min(prompt) and max(prompt) < 2000 for prompt in prompts)
+    assert all(len(prompt) == 32 and min(prompt) >= 100 and max(prompt) < 2000 for prompt in prompts)
     assert prompts == first(1)
     assert prompts != first(2)
 
@@ -256,7 +258,7 @@ def test_usable_ids_leave_special_tokens_out(tmp_path: Path) -> None:
     assert list(bench.usable_ids(tmp_path, None)) == [0, 2, 3]
     assert list(bench.usable_ids(tmp_path, 3)) == [0, 2]
     ids = bench.usable_ids(None, 160)
-    assert 0 < min(ids) and max(ids) < 159 and len(ids) > 120
+    assert min(ids) > 0 and max(ids) < 159 and len(ids) > 120
 
 
 def test_plain_sends_standard_fields_only() -> None:

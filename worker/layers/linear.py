@@ -42,14 +42,15 @@ class PackedLinear:
 
     def dense(self) -> Tensor:
         """A copy of the weight as it was, [out, in]."""
-        return self._weight.to_dense()
+        weight: Tensor = self._weight.to_dense()
+        return weight
 
 
 _ROWS_HINT = 8  # expected rows; 8 and 512 give the same layout
 
 
 class Float32Scratch:
-    """Room for one weight in float32, shared by all layers: fresh buffers of this size are page-faulted in."""
+    """Room for one weight in float32, shared by all layers: fresh buffers this large are page-faulted in."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)

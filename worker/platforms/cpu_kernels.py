@@ -1,7 +1,7 @@
 """Which kernels run a linear layer best on this machine, found by running them.
 
-Machines that look alike differ: a bfloat16 product ran at half the float32 rate on one and at seven times it on
-another. The probe takes some tens of milliseconds per dtype.
+Machines that look alike differ: a bfloat16 product ran at half the float32 rate on one and at seven times it
+on another. The probe takes some tens of milliseconds per dtype.
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ class LinearKernels:
 
 def probe_linears(dtype: torch.dtype) -> LinearKernels:
     weight = torch.full(_SHAPE, 0.01, dtype=dtype)
-    narrow: PlainLinear | PackedLinear = PlainLinear(weight, None)
-    packed = _packed_if_faster(narrow, weight)
-    if packed is not None:
-        narrow = packed
-    upcast = dtype is not torch.float32 and _upcasting_is_faster(narrow, dtype)
+    plain = PlainLinear(weight, None)
+    packed = _packed_if_faster(plain, weight)
+    upcast = dtype is not torch.float32 and _upcasting_is_faster(packed or plain, dtype)
     return LinearKernels(packed is not None, upcast)
 
 
