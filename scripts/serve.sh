@@ -108,9 +108,17 @@ install_everything() {
     fi
 }
 
+sources_hash() {
+    hash_files setup.cfg pyproject.toml daemon endpoint engine worker
+}
+
+model_hash() {
+    hash_files models/mindie-tiny
+}
+
 install_sources() {
     local hash build=$work/build
-    hash=$(hash_files setup.cfg pyproject.toml daemon endpoint engine worker)
+    hash=$(sources_hash)
     if stamped "$home" sources "$hash"; then
         step "service" "unchanged"
         return
@@ -125,7 +133,7 @@ install_sources() {
 
 install_model() {
     local hash
-    hash=$(hash_files models/mindie-tiny)
+    hash=$(model_hash)
     if stamped "$home" model "$hash" && [[ -d $home/models/mindie-tiny ]]; then
         step "model" "models/mindie-tiny unchanged"
         return
@@ -137,32 +145,49 @@ install_model() {
     step "model" "models/mindie-tiny copied"
 }
 
-# Writes the ports that were given; says so only if one of them differs from what the file had.
-set_ports() {
-    local changed
-    [[ -n $port$management_port$metrics_port ]] || return 0
-    changed=$("$home/bin/python" - "$home/conf/config.json" "$port" "$management_port" "$metrics_port" << 'EOF'
+# edit_ports write|compare: prints the ports that were given and differ from what config.json has.
+edit_ports() {
+    "$home/bin/python" - "$1" "$home/conf/config.json" "$port" "$management_port" "$metrics_port" << 'EOF'
 import json
 import sys
 from pathlib import Path
 
-path = Path(sys.argv[1])
+action, path, ports = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 try:
     config = json.loads(path.read_bytes())
     server = config["ServerConfig"]
-    wanted = zip(("port", "managementPort", "metricsPort"), sys.argv[2:], strict=True)
+    wanted = zip(("port", "managementPort", "metricsPort"), ports, strict=True)
     changes = {key: int(value) for key, value in wanted if value and server.get(key) != int(value)}
     server.update(changes)
-except (ValueError, KeyError, TypeError, AttributeError) as error:
+except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     sys.exit(f"serve.sh: the ports cannot be set in {path}: {type(error).__name__}: {error}")
-if changes:
+if changes and action == "write":
     path.write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(", ".join(f"{key} {value}" for key, value in changes.items()))
+print(", ".join(f"{key} {value}" for key, value in changes.items()))
 EOF
-    )
+}
+
+set_ports() {
+    local changed
+    [[ -n $port$management_port$metrics_port ]] || return 0
+    changed=$(edit_ports write)
     if [[ -n $changed ]]; then
         step "" "set in config.json: $changed"
     fi
+}
+
+# The service was running when we came.
+leave_running() {
+    local others
+    others=$(edit_ports compare)
+    [[ -z $others ]] ||
+        die "the service runs in $home with other ports than $others; stop it first: kill $daemon_pid"
+    printf 'mindieservice_daemon is running already in %s; nothing was changed.\n' "$home"
+    if ! stamped "$home" sources "$(sources_hash)" || ! stamped "$home" model "$(model_hash)"; then
+        printf 'This tree has changed since it was installed there: stop the service and run this again.\n'
+    fi
+    printf '\n'
+    print_summary
 }
 
 start_daemon() {
@@ -172,6 +197,17 @@ start_daemon() {
     nohup ./bin/mindieservice_daemon > output.log 2>&1 < /dev/null &
     daemon_pid=$!
     cd -- "$OLDPWD"
+}
+
+show_message() { # LEVEL MESSAGE
+    local text=$2
+    case $1 in
+        INFO) ;;
+        WARN) text="warning: $text" ;;
+        *) return ;; # errors are shown together, with what else explains the end
+    esac
+    ((${#text} <= 200)) || text="${text:0:200} ... (see output.log)"
+    printf '    %s\n' "$text"
 }
 
 # Shows the log's messages until the success line; returns 1 when the process has ended without it.
@@ -185,10 +221,8 @@ follow_start() {
             if [[ $line == "$success_line" ]]; then
                 exec 3<&-
                 return 0
-            elif [[ $line =~ $entry && ${BASH_REMATCH[1]} == INFO ]]; then
-                printf '    %s\n' "${BASH_REMATCH[2]}"
-            elif [[ $line =~ $entry && ${BASH_REMATCH[1]} == WARN ]]; then
-                printf '    warning: %s\n' "${BASH_REMATCH[2]}"
+            elif [[ $line =~ $entry && ${BASH_REMATCH[2]} != "$success_line" ]]; then
+                show_message "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"
             fi
         done
         rest+=$line # the beginning of a line that is still being written
@@ -268,9 +302,7 @@ parse_arguments "$@"
 unset MINDIE_LLM_HOME_PATH MIES_INSTALL_PATH MIES_CONFIG_JSON_PATH
 daemon_pid=$(running_pid)
 if [[ -n $daemon_pid ]]; then
-    printf 'mindieservice_daemon is running already in %s; nothing was changed.\n' "$home"
-    printf 'New ports, and what has changed in the tree, take effect after a stop and another run.\n\n'
-    print_summary
+    leave_running
     exit 0
 fi
 

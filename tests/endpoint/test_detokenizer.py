@@ -153,6 +153,7 @@ def test_the_window_stays_short_over_a_long_text(family: str) -> None:
 def test_special_and_unknown_tokens(skip: bool) -> None:
     tokenizer = pool("byte_level")
     end = tokenizer._tokenizer.token_to_id("<|im_end|>")
+    assert end is not None
     ids = [*ids_of(tokenizer, "hi"), end, 99_999, *ids_of(tokenizer, " you")]
     text = joined(run(tokenizer, ids, skip_special_tokens=skip))
     assert text == ("hi you" if skip else "hi<|im_end|> you")

@@ -63,8 +63,9 @@ def test_a_bare_request_is_greedy_over_max_iter_times() -> None:
 
 def test_null_is_not_sent_and_unknown_fields_are_ignored() -> None:
     sampled = [
-        "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p",
-        "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "n", "best_of",
+        "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k",
+        "min_p", "seed", "presence_penalty", "frequency_penalty",
+        "repetition_penalty", "logit_bias", "n", "best_of",
         "use_beam_search", "logprobs", "top_logprobs", "stop", "stop_token_ids", "include_stop_str_in_output",
         "skip_special_tokens", "ignore_eos", "min_tokens", "response_format", "tools", "tool_choice",
         "parallel_tool_calls", "chat_template_kwargs", "chat_template", "add_generation_prompt",
@@ -218,7 +219,10 @@ def test_what_this_build_cannot_do_is_refused_not_ignored(members: dict[str, Any
 
 def test_the_stream_of_the_manual() -> None:
     frames = stream(reply(), steps(MANUAL_TEXTS, queue_waits_us=MANUAL_WAITS))
-    head = 'data: {"id":"endpoint_common_10","object":"chat.completion.chunk","created":1744038509,"model":"llama",'
+    head = (
+        'data: {"id":"endpoint_common_10","object":"chat.completion.chunk","created":1744038509,'
+        '"model":"llama",'
+    )
     middle = [
         f'{head}"choices":[{{"index":0,"delta":{{"role":"assistant","content":"{text}"}},"logprobs":null,'
         '"finish_reason":null}]}\n\n'

@@ -111,8 +111,8 @@ def test_the_stream_of_the_reference() -> None:
     frames = stream(reply(number=1), steps([" I", " hope"], queue_waits_us=[5496, 146]))
     fixed = [re.sub(r'"created":\d+', '"created":1744948803', frame) for frame in frames]
     assert fixed[0] == (
-        'data: {"id":"endpoint_common_1","object":"text_completion","created":1744948803,"model":"m","choices":'
-        '[{"index":0,"text":" I","logprobs":null,"stop_reason":null,"finish_reason":null}]}\n\n'
+        'data: {"id":"endpoint_common_1","object":"text_completion","created":1744948803,"model":"m",'
+        '"choices":[{"index":0,"text":" I","logprobs":null,"stop_reason":null,"finish_reason":null}]}\n\n'
     )
     finish = payload(fixed[1])
     assert finish["choices"] == [

@@ -192,7 +192,7 @@ def messages_of(*messages: Any) -> list[dict[str, Any]]:
 
 
 def test_messages_reach_the_template_in_one_form() -> None:
-    given_messages = [
+    given_messages: list[dict[str, Any]] = [
         {"role": "developer", "content": "be kind", "name": "n"},
         {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},

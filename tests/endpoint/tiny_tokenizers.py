@@ -45,7 +45,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """As Llama 2: a space becomes U+2581, one is put in front, characters outside the vocabulary become bytes."""
+    """As Llama 2: a space becomes U+2581, one is put in front, unknown characters become bytes."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     words = ["▁", "▁hello", "▁world", "▁the", "▁cat", "lo", ",", *"abcdefghijklmnopqrstuvwxyz", "你", "好"]
     vocab = {token: index for index, token in enumerate([*SPECIALS, *byte_tokens, *words])}
