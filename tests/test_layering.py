@@ -50,7 +50,9 @@ def edges(folder: str) -> Iterator[tuple[str, str]]:
     for path in sorted((REPO / folder).rglob("*.py")):
         name = path.relative_to(REPO)
         package = ".".join(name.parent.parts)
-        yield from ((str(name), module) for module in imported_modules(path.read_text(encoding="utf-8"), package))
+        yield from (
+            (str(name), module) for module in imported_modules(path.read_text(encoding="utf-8"), package)
+        )
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:
@@ -75,20 +77,26 @@ def test_a_folder_keeps_to_its_own_trade(folder: str) -> None:
 
 
 def test_the_bottom_row_rests_on_itself() -> None:
-    rows = [edge for edge in edges("engine") if is_below(edge[0].removesuffix(".py").replace("/", "."), BOTTOM)]
+    rows = [
+        edge for edge in edges("engine") if is_below(edge[0].removesuffix(".py").replace("/", "."), BOTTOM)
+    ]
     of_ours = [edge for edge in rows if is_below(edge[1], FOLDERS)]
     assert of_ours
     assert [edge for edge in of_ours if not is_below(edge[1], BOTTOM)] == []
 
 
 def test_torch_npu_is_imported_by_its_platform_only() -> None:
-    importers = {file for folder in FOLDERS for file, module in edges(folder) if is_below(module, ("torch_npu",))}
+    importers = {
+        file for folder in FOLDERS for file, module in edges(folder) if is_below(module, ("torch_npu",))
+    }
     assert importers <= {"worker/platforms/npu.py"}
 
 
 def test_nobody_uses_the_installed_name() -> None:
     """The wheel's prefix is known to the console script alone; the code runs from the tree as well."""
-    assert [edge for folder in FOLDERS for edge in edges(folder) if is_below(edge[1], ("mindie_server",))] == []
+    assert [
+        edge for folder in FOLDERS for edge in edges(folder) if is_below(edge[1], ("mindie_server",))
+    ] == []
 
 
 def test_the_parent_stays_light() -> None:

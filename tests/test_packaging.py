@@ -71,7 +71,9 @@ def test_the_wheel_holds_every_module_and_nothing_outside_its_prefix(wheel: Path
         f"{PREFIX}/{path.relative_to(REPO)}" for folder in FOLDERS for path in (REPO / folder).rglob("*.py")
     }
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if not name.startswith(f"{PREFIX}-{VERSION}.dist-info/")}
+        packed = {
+            name for name in archive.namelist() if not name.startswith(f"{PREFIX}-{VERSION}.dist-info/")
+        }
     assert packed == wanted
 
 
@@ -82,9 +84,13 @@ def test_the_installed_command_starts(
     """From the wheel alone, in a directory from which the tree cannot be imported by accident."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    targets = dict(line.split(" = ") for line in config["options.entry_points"]["console_scripts"].split("\n") if line)
+    targets = dict(
+        line.split(" = ") for line in config["options.entry_points"]["console_scripts"].split("\n") if line
+    )
     module, function = targets[command].split(":")
-    script = f"import sys; sys.argv = [{command!r}, '--version']; from {module} import {function}; {function}()"
+    script = (
+        f"import sys; sys.argv = [{command!r}, '--version']; from {module} import {function}; {function}()"
+    )
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
@@ -99,5 +105,7 @@ def test_everything_required_is_pinned(config: configparser.ConfigParser) -> Non
     """Except torch_npu, which belongs to a CANN release that the operator chooses."""
     required = names(config["options"]["install_requires"]) | names(config["options.extras_require"]["dev"])
     pins = [line for line in (REPO / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert [pin for pin in pins if not re.match(r'[\w.-]+==[\w.]+(; python_version (<|>=) "3\.\d+")?$', pin)] == []
+    assert [
+        pin for pin in pins if not re.match(r'[\w.-]+==[\w.]+(; python_version (<|>=) "3\.\d+")?$', pin)
+    ] == []
     assert required - names("\n".join(pins)) == set()

@@ -41,11 +41,16 @@ class Sampler:
         rows = [
             row
             for row, sequence in enumerate(sequences)
-            if valid[row] and not (sequence.params.greedy and not sequence.params.needs_penalties)
+            if valid[row] and (sequence.params.needs_penalties or not sequence.params.greedy)
         ]
         if rows:
             own = [sequences[row] for row in rows]
-            tokens[rows] = self._sample_rows(self._copy(logits, rows), own)
+            uniforms = uniform(
+                np.array([sequence.params.seed for sequence in own], np.uint64),
+                np.array([sequence.num_output for sequence in own], np.uint64),
+            )
+            copies = self._copy(logits, rows)
+            tokens[rows] = [_sample_row(*row) for row in zip(copies, own, uniforms.tolist(), strict=True)]
         return tokens
 
     def _copy(self, logits: Tensor, rows: list[int]) -> Floats:
@@ -55,14 +60,6 @@ class Sampler:
         scratch = self._scratch[: len(rows)]
         torch.from_numpy(scratch).copy_(logits[rows])
         return scratch
-
-    def _sample_rows(self, logits: Floats, sequences: list[Sequence]) -> list[int]:
-        """logits: [n, vocab], used up."""
-        uniforms = uniform(
-            np.array([sequence.params.seed for sequence in sequences], np.uint64),
-            np.array([sequence.num_output for sequence in sequences], np.uint64),
-        )
-        return [_sample_row(*row) for row in zip(logits, sequences, uniforms.tolist(), strict=True)]
 
 
 def uniform(seed: NDArray[np.uint64], position: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -84,22 +81,13 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _sample_row(logits: Floats, sequence: Sequence, u: float) -> int:
+    """logits: [vocab], may be changed; u: in [0, 1)."""
     params = sequence.params
     if params.needs_penalties:
         penalize(logits, sequence)
-    best = int(logits.argmax())
-    if not np.isfinite(logits[best]):
-        return NO_TOKEN
-    if params.greedy:
-        return best
-    # the largest becomes 0 first, so that no temperature, however small, can overflow
-    logits -= logits[best]
-    with np.errstate(over="ignore"):
-        logits /= np.float32(max(params.temperature, _SMALLEST_TEMPERATURE))
-    return draw(logits, params, u)
-
-
-_SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+        if not np.isfinite(logits.max()):  # a huge repetition penalty overflows
+            return NO_TOKEN
+    return int(logits.argmax()) if params.greedy else draw(logits, params, u)
 
 
 def penalize(logits: Floats, sequence: Sequence) -> None:
@@ -117,43 +105,62 @@ def penalize(logits: Floats, sequence: Sequence) -> None:
         logits[tokens] -= params.frequency_penalty * counts + params.presence_penalty
 
 
-def draw(scaled: Floats, params: SamplingParams, u: float) -> int:
-    """scaled: [vocab] logits over temperature, largest 0. Inverts the distribution in vocabulary order."""
-    top_k = params.top_k if 0 < params.top_k < len(scaled) else len(scaled)
-    if top_k == len(scaled) and params.top_p >= 1.0:
-        return _pick(np.exp(scaled), u)
-    kept, threshold = _cut(scaled, top_k, params.top_p)
-    candidates = np.flatnonzero(scaled >= threshold)
+def draw(logits: Floats, params: SamplingParams, u: float) -> int:
+    """The token at u in [0, 1) of the distribution function, in vocabulary order, of what the filters leave.
+
+    Of equal logits on the edge of top_k or top_p the lowest ids stay.
+    """
+    best = logits.max()
+    temperature = np.float32(max(params.temperature, _SMALLEST_TEMPERATURE))
+
+    def weights(values: Floats) -> Floats:
+        """Probabilities but for a factor; the largest is 1, so nothing overflows at any temperature."""
+        result = values - best
+        with np.errstate(over="ignore"):
+            result /= temperature
+        np.exp(result, out=result)
+        return result
+
+    size = len(logits)
+    top_k = min(params.top_k, size) or size
+    if top_k == size and params.top_p >= 1.0:
+        return _pick(weights(logits), u)
+
+    if top_k < size:
+        top = _largest(logits, top_k)
+        sums = _running_sums(weights(top))
+        whole = sums[-1]
+    else:
+        whole = weights(logits).sum(dtype=np.float64)
+        top = _largest(logits, min(_PROBABLE, size))
+        sums = _running_sums(weights(top))
+        if sums[-1] < params.top_p * whole:
+            top = _largest(logits, size)
+            sums = _running_sums(weights(top))
+    kept = len(top)
+    if params.top_p < 1.0:
+        kept = min(kept, int(np.searchsorted(sums, params.top_p * whole)) + 1)
+
+    threshold = top[kept - 1]
+    candidates = np.flatnonzero(logits >= threshold)
     surplus = len(candidates) - kept
-    if surplus > 0:  # equals on the edge: the lowest ids stay
-        ties = np.flatnonzero(scaled[candidates] == threshold)
+    if surplus > 0:
+        ties = np.flatnonzero(logits[candidates] == threshold)
         candidates = np.delete(candidates, ties[-surplus:])
-    return int(candidates[_pick(np.exp(scaled[candidates]), u)])
+    return int(candidates[_pick(weights(logits[candidates]), u)])
+
+
+_SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
 
 def _pick(weights: Floats, u: float) -> int:
-    total = np.cumsum(weights, dtype=np.float64)
+    sums = _running_sums(weights)
     # strictly below the total, or rounding could step past the last token with any weight
-    return int(np.searchsorted(total, min(u * total[-1], np.nextafter(total[-1], 0)), side="right"))
+    return int(np.searchsorted(sums, min(u * sums[-1], np.nextafter(sums[-1], 0)), side="right"))
 
 
-def _cut(scaled: Floats, top_k: int, top_p: float) -> tuple[int, np.float32]:
-    """How many tokens top_k and then top_p leave (at least one), and the smallest scaled logit among them."""
-    if top_k < len(scaled):
-        top = _largest(scaled, top_k)
-        if top_p >= 1.0:
-            return top_k, top[-1]
-        total = np.cumsum(np.exp(top), dtype=np.float64)
-        wanted = top_p * total[-1]
-    else:
-        wanted = top_p * np.exp(scaled).sum(dtype=np.float64)
-        for width in (min(_PROBABLE, len(scaled)), len(scaled)):
-            top = _largest(scaled, width)
-            total = np.cumsum(np.exp(top), dtype=np.float64)
-            if total[-1] >= wanted:
-                break
-    kept = min(int(np.searchsorted(total, wanted)) + 1, len(top))
-    return kept, top[kept - 1]
+def _running_sums(weights: Floats) -> NDArray[np.float64]:
+    return np.cumsum(weights.astype(np.float64))  # cumsum(dtype=...) takes twice as long
 
 
 def _largest(values: Floats, count: int) -> Floats:

@@ -5,6 +5,7 @@ Every process makes its own context after the fork. Addresses are `ipc://` files
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import zmq
@@ -17,6 +18,15 @@ _LINGER_MS = 1000
 _RECONNECT_MS = 10  # the other side may bind its file a moment after we connect
 # Frames are small (ids travel on rings); anything larger is not ours. libzmq drops the peer.
 _MAX_FRAME_BYTES = 1 << 20
+
+
+def _bind_private(socket: zmq.Socket[bytes], address: str) -> None:
+    """Bind so that the socket file is 0600; libzmq creates it in the calling thread, as the umask says."""
+    previous = os.umask(0o177)
+    try:
+        socket.bind(address)
+    finally:
+        os.umask(previous)
 
 
 class Channel:
@@ -42,7 +52,7 @@ class Channel:
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # so that `connected` means a peer is there
         self.address = address
         if bind:
-            self._socket.bind(address)
+            _bind_private(self._socket, address)
         else:
             self._socket.connect(address)
 
@@ -82,7 +92,7 @@ class ControlHub:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_FRAME_BYTES)
-        self._socket.bind(address)
+        _bind_private(self._socket, address)
 
     def fileno(self) -> int:
         return int(self._socket.getsockopt(zmq.FD))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import HOST, Daemon, Json, eventually, merge
+from tests.harness import HOST, Answer, Daemon, Json, eventually, merge
 
 MakeDaemon = Callable[..., Daemon]
 CHAT: Json = {"model": "mindie-tiny", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 12}
@@ -278,28 +278,22 @@ def test_a_client_that_hangs_up_frees_its_place(make_daemon: MakeDaemon) -> None
 
 def test_one_running_two_waiting_the_fourth_is_refused(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(merge(ROOM, {"ServerConfig": {"maxLinkNum": 1}})).start().wait_ready()
-    results: list[int] = []
+    answers: list[Answer] = []
 
     def post() -> None:
-        results.append(daemon.post("/v1/completions", {**LONG, "stream": False, "max_tokens": 1500}).status)
+        answers.append(daemon.post("/v1/completions", COMPLETION))
 
-    threads = [threading.Thread(target=post) for _ in range(3)]
+    with daemon.streaming("/v1/completions", LONG) as running:
+        assert running.read1()
+        threads = [threading.Thread(target=post) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: answers, 10.0, "a refusal while one runs and two wait")
+        assert [answer.status for answer in answers] == [503]
     for thread in threads:
-        thread.start()
-    refusals = []
-
-    def refused() -> bool:
-        with daemon.streaming("/v1/completions", LONG) as response:
-            if response.status == 503:
-                refusals.append((dict(response.getheaders()), json.loads(response.read())))
-        return bool(refusals)
-
-    eventually(refused, 30.0, "a refusal while one runs and two wait")
-    headers, body = refusals[0]
-    assert headers["Retry-After"] == "1" and "maxLinkNum" in body["error"]
-    for thread in threads:
-        thread.join(100)
-    assert results == [200, 200, 200]
+        thread.join(60)
+    assert [answer.status for answer in answers] == [503, 200, 200]
+    assert answers[0].headers["retry-after"] == "1" and "maxLinkNum" in answers[0].json()["error"]
 
 
 def test_the_whole_request_has_a_deadline(make_daemon: MakeDaemon) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import stat
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -233,6 +236,39 @@ def test_a_stale_run_directory_is_swept_and_foreign_names_are_left(make_daemon: 
         assert not stale.exists() and foreign.exists() and str(stale) in daemon.stderr
     finally:
         foreign.rmdir()
+
+
+def test_local_channels_are_private_and_vanish_once_everybody_is_connected(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon().start()
+    found: dict[str, int] = {}
+
+    def seen() -> bool:
+        for directory in Path(tempfile.gettempdir()).glob(f"mindie_*_{daemon.pid}_*"):
+            with contextlib.suppress(FileNotFoundError):
+                found["directory"] = stat.S_IMODE(directory.stat().st_mode)
+                for path in directory.iterdir():
+                    found[path.name] = stat.S_IMODE(path.stat().st_mode)
+        return SUCCESS in daemon.stdout
+
+    eventually(seen, 60.0, "success line")
+    assert found.pop("directory") == 0o700
+    assert {"ctl", "evt.0"} <= set(found) and set(found.values()) == {0o600}
+    assert not any(name for name in daemon.leftovers() if not name.startswith("process"))
+    assert daemon.get("/v1/models").status == 200
+
+
+def test_two_instances_share_the_load(make_daemon: MakeDaemon) -> None:
+    changes = {"BackendConfig": {"modelInstanceNumber": 2, "npuDeviceIds": [[0], [1]]}}
+    daemon = make_daemon(merge(LONG_CONFIG, changes)).start().wait_ready()
+    assert len(daemon.children()) == 3
+    workers = [process for process in daemon.children() if process.pid != daemon.child("endpoint").pid]
+    before = [sum(process.cpu_times()[:2]) for process in workers]
+    streams = [Stream(daemon, {**LONG, "max_tokens": 300}) for _ in range(6)]
+    for stream in streams:
+        stream.join(100)
+        assert sse_payloads(stream.received)[-1] == "[DONE]"
+    used = [sum(process.cpu_times()[:2]) - start for process, start in zip(workers, before, strict=True)]
+    assert min(used) > 0.1  # both have computed
 
 
 def test_an_idle_service_burns_no_processor_time(make_daemon: MakeDaemon) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -44,6 +45,7 @@ def test_channels_deliver_in_order(tmp_path: Path) -> None:
     pull = Channel(context, zmq.PULL, address, bind=True)
     push = Channel(context, zmq.PUSH, address)
     assert push.wait_connected(5.0) and push.connected
+    assert stat.S_IMODE((tmp_path / "cmd").stat().st_mode) == 0o600
     for number in range(500):
         push.send(m.Abort(number))
     got: list[m.Message] = []

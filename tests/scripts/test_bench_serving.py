@@ -8,7 +8,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -330,6 +331,7 @@ class FakeServer:
 
     close_after_answer: bool = False
     fail_every: int = 0  # each n-th request is refused
+    hangs: bool = False
     bodies: list[dict[str, Any]] = field(default_factory=list)
     open: int = 0
     most_open: int = 0
@@ -343,6 +345,8 @@ class FakeServer:
         self.bodies.append(body)
         if self.fail_every and len(self.bodies) % self.fail_every == 0:
             return web.json_response({"error": "full", "error_type": "overloaded"}, status=503)
+        if self.hangs:
+            await asyncio.Event().wait()
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -360,6 +364,7 @@ class FakeServer:
         return response
 
 
+@contextmanager
 def serve(server: FakeServer) -> Iterator[FakeServer]:
     """In a thread of its own, because the script runs event loops itself."""
     app = web.Application()
@@ -368,7 +373,7 @@ def serve(server: FakeServer) -> Iterator[FakeServer]:
     loop = asyncio.new_event_loop()
 
     async def start() -> web.AppRunner:
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)  # one handler never ends
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -376,18 +381,21 @@ def serve(server: FakeServer) -> Iterator[FakeServer]:
         return runner
 
     runner = loop.run_until_complete(start())
-    thread = Thread(target=loop.run_forever)
+    thread = Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    yield server
-    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    try:
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    yield from serve(FakeServer())
+    with serve(FakeServer()) as started:
+        yield started
 
 
 OPTIONS = ["--vocab-size", "2048", "--input-len", "16", "--output-len", "5"]
@@ -427,7 +435,7 @@ def test_run_counts_everything(
 
 
 def test_connections_that_close_are_opened_again(tmp_path: Path) -> None:
-    for server in serve(FakeServer(close_after_answer=True)):
+    with serve(FakeServer(close_after_answer=True)) as server:
         argv = ["--url", server.url, *OPTIONS, "--concurrency", "2", "--repeats", "1", "--requests", "6"]
         assert bench.main(argv) == 0
         assert len(server.bodies) == 7
@@ -435,7 +443,7 @@ def test_connections_that_close_are_opened_again(tmp_path: Path) -> None:
 
 def test_failures_are_counted_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
-    for server in serve(FakeServer(fail_every=4)):
+    with serve(FakeServer(fail_every=4)) as server:
         argv = ["--url", server.url, *OPTIONS, "--concurrency", "2", "--repeats", "1", "--requests", "7"]
         assert bench.main([*argv, "--json", str(out)]) == 1
     figures = json.loads(out.read_text())["levels"]["2"]["median"]
@@ -467,20 +475,12 @@ def test_text_prompts_come_from_a_file(server: FakeServer, tmp_path: Path) -> No
     assert [body["prompt"] for body in server.bodies] == ["one", "two two", "one"]
 
 
-def test_an_answer_that_never_ends_is_a_failure(monkeypatch: pytest.MonkeyPatch, server: FakeServer) -> None:
-    stop = asyncio.Event()
-
-    async def hang(request: web.Request) -> web.StreamResponse:
-        await stop.wait()
-        raise AssertionError
-
-    handler: Callable[[web.Request], Awaitable[web.StreamResponse]] = hang
-    monkeypatch.setattr(server, "completions", handler)
-    for hanging in serve(server):
-        target = bench.Target(bench.urlsplit(hanging.url), None, 0.05)
+def test_an_answer_that_never_ends_is_a_failure() -> None:
+    with serve(FakeServer(hangs=True)) as server:
+        target = bench.Target(bench.urlsplit(server.url), None, 0.05)
         requests = [target.request({"prompt": "x"})] * 3
         _, answers = asyncio.run(bench.run_load(target, requests, 2, ""))
-        assert all("TimeoutError" in answer.error for answer in answers)
+    assert all("TimeoutError" in answer.error for answer in answers)
 
 
 def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

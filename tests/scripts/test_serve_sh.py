@@ -43,7 +43,9 @@ class Place:
 
     def content(self) -> dict[str, tuple[int, int]]:
         """Time of change and size of every file but the log and Python's caches."""
-        files = (path for path in self.home.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".log"))
+        files = (
+            path for path in self.home.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".log")
+        )
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
     def processes(self) -> list[int]:
@@ -74,6 +76,15 @@ def stop(output: str) -> None:
     eventually(lambda: not Path(f"/proc/{pid}").exists(), 30, f"the end of {pid}")
 
 
+@contextlib.contextmanager
+def bad_port(place: Place) -> Iterator[None]:
+    path = place.home / "conf" / "config.json"
+    good = path.read_text()
+    path.write_text(re.sub(r'"port": \d+', '"port": 80', good))
+    yield
+    path.write_text(good)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """The dependencies are taken from the interpreter that runs the tests: pip finds them there, nothing is loaded."""
@@ -90,7 +101,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def first_run(place: Place) -> Iterator[str]:
     """What the first run printed; the service runs until the end of the module, unless a test stops it."""
     port, management_port, metrics_port = free_ports(3)
-    done = place.serve("--port", str(port), f"--management-port={management_port}", f"--metrics-port={metrics_port}")
+    done = place.serve(
+        "--port", str(port), f"--management-port={management_port}", f"--metrics-port={metrics_port}"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     yield done.stdout
     for pid in place.processes():
@@ -104,7 +117,12 @@ class TestFromBareToServing:
     """One service for all of them, in the order written: they tell one story."""
 
     def test_it_is_installed_as_the_manual_knows_it(self, place: Place, first_run: str) -> None:
-        for name in ("bin/mindieservice_daemon", "conf/config.json", "security/ca/ca.pem", "models/mindie-tiny"):
+        for name in (
+            "bin/mindieservice_daemon",
+            "conf/config.json",
+            "security/ca/ca.pem",
+            "models/mindie-tiny",
+        ):
             assert (place.home / name).exists(), name
         assert "Daemon start success!\n" in (place.home / "output.log").read_text()
         assert not (place.tree / "build").exists()
@@ -143,7 +161,9 @@ class TestFromBareToServing:
         assert "kill" in refused.stderr
         assert place.content() == before
 
-    def test_after_a_stop_it_starts_again_with_everything_unchanged(self, place: Place, first_run: str) -> None:
+    def test_after_a_stop_it_starts_again_with_everything_unchanged(
+        self, place: Place, first_run: str
+    ) -> None:
         stop(first_run)
         before = place.content()
         again = place.serve()
@@ -152,27 +172,24 @@ class TestFromBareToServing:
         assert [line for line in again.stdout.splitlines() if "installed" in line or "copied" in line] == []
         assert place.content() == before
 
-    def test_changed_sources_are_installed_and_removed_ones_vanish(self, place: Place, first_run: str) -> None:
-        extra = place.tree / "engine" / "extra.py"
-        extra.write_text("")
-        (installed,) = place.home.glob("lib/python*/site-packages/mindie_server/engine")
-        for exists in (True, False):
-            done = place.serve()
-            assert done.returncode == 0, done.stderr
-            stop(done.stdout)
-            assert "bin/mindieservice_daemon installed" in done.stdout
-            assert (installed / "extra.py").exists() == exists
-            extra.unlink(missing_ok=True)
-
     def test_a_bad_configuration_is_told_with_its_cause(self, place: Place, first_run: str) -> None:
-        path = place.home / "conf" / "config.json"
-        good = path.read_text()
-        path.write_text(re.sub(r'"port": \d+', '"port": 80', good))
-        failed = place.serve()
-        path.write_text(good)
+        with bad_port(place):
+            failed = place.serve()
         assert failed.returncode == 1
         assert "ServerConfig.port=80" in failed.stderr
         assert "[1024, 65535]" in failed.stderr
+
+    def test_changed_sources_are_installed_and_removed_ones_vanish(
+        self, place: Place, first_run: str
+    ) -> None:
+        extra = place.tree / "engine" / "extra.py"
+        extra.write_text("")
+        (installed,) = place.home.glob("lib/python*/site-packages/mindie_server/engine")
+        with bad_port(place):  # it need not start to be installed
+            for exists in (True, False):
+                assert "bin/mindieservice_daemon installed" in place.serve().stdout
+                assert (installed / "extra.py").exists() == exists
+                extra.unlink(missing_ok=True)
 
     def test_the_exit_code_is_that_of_the_daemon(self, place: Place, first_run: str) -> None:
         certificate = place.home / "security" / "certs" / "server.pem"
