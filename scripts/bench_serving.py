@@ -423,7 +423,7 @@ async def show_progress(load: Load, label: str, width: int = 30) -> None:
     start = time.monotonic()
     while True:
         bar = "#" * (width * load.done // load.total)
-        line = f"{load.done}/{load.total} requests, {load.num_reads} frames, {time.monotonic() - start:.0f} s"
+        line = f"{load.done}/{load.total} requests, {load.num_reads} reads, {time.monotonic() - start:.0f} s"
         print(f"\r\x1b[K{label} [{bar:.<{width}}] {line}", end="", file=sys.stderr, flush=True)
         await asyncio.sleep(0.5)
 

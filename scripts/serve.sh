@@ -310,7 +310,7 @@ rest_started=$SECONDS
 install_everything
 start_daemon
 # Ctrl+C while waiting means the service, too
-trap 'kill "$daemon_pid" 2> /dev/null; exit 130' INT TERM
+trap 'kill "$daemon_pid" 2> /dev/null; wait "$daemon_pid"; die "interrupted; the service was stopped"' INT TERM
 follow_start || explain_failure
 trap - INT TERM
 printf '\nServing %d s after the dependencies were there.\n\n' "$((SECONDS - rest_started))"

@@ -1,4 +1,4 @@
-"""Imports point one way: daemon -> endpoint | worker -> engine -> the bottom row; see docs/architecture.md."""
+"""Imports point one way: daemon -> endpoint | worker -> engine; see docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ def test_nobody_uses_the_installed_name() -> None:
 
 
 def test_the_parent_stays_light() -> None:
-    """It forks for its whole life, so nothing that starts threads or opens devices may be loaded into it."""
+    """It forks its children, so nothing that starts threads or opens devices may be loaded into it."""
     script = (
         "import sys, threading, daemon.main\n"
-        "heavy = {'torch', 'torch_npu', 'transformers', 'tokenizers', 'aiohttp', 'asyncio', 'multiprocessing'}\n"
+        "heavy = {'torch', 'torch_npu', 'transformers', 'tokenizers', 'aiohttp', 'multiprocessing'}\n"
         "print(sorted(heavy & sys.modules.keys()), threading.active_count())"
     )
     result = subprocess.run(

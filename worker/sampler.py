@@ -85,7 +85,7 @@ def _sample_row(logits: Floats, sequence: Sequence, u: float) -> int:
     params = sequence.params
     if params.needs_penalties:
         penalize(logits, sequence)
-        if not np.isfinite(logits.max()):  # a huge repetition penalty overflows
+        if not np.isfinite(logits.max()):  # an extreme penalty overflows
             return NO_TOKEN
     return int(logits.argmax()) if params.greedy else draw(logits, params, u)
 
@@ -111,11 +111,11 @@ def draw(logits: Floats, params: SamplingParams, u: float) -> int:
     Of equal logits on the edge of top_k or top_p the lowest ids stay.
     """
     best = logits.max()
-    temperature = np.float32(max(params.temperature, _SMALLEST_TEMPERATURE))
+    temperature = np.float32(min(max(params.temperature, _LIMITS.tiny), _LIMITS.max))
 
     def weights(values: Floats) -> Floats:
         """Probabilities but for a factor; the largest is 1, so nothing overflows at any temperature."""
-        result = values - best
+        result: Floats = values - best
         with np.errstate(over="ignore"):
             result /= temperature
         np.exp(result, out=result)
@@ -150,7 +150,7 @@ def draw(logits: Floats, params: SamplingParams, u: float) -> int:
     return int(candidates[_pick(weights(logits[candidates]), u)])
 
 
-_SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+_LIMITS = np.finfo(np.float32)
 
 
 def _pick(weights: Floats, u: float) -> int:
@@ -160,15 +160,13 @@ def _pick(weights: Floats, u: float) -> int:
 
 
 def _running_sums(weights: Floats) -> NDArray[np.float64]:
-    return np.cumsum(weights.astype(np.float64))  # cumsum(dtype=...) takes twice as long
+    sums: NDArray[np.float64] = weights.astype(np.float64)  # cumsum(dtype=...) takes twice as long
+    return np.cumsum(sums, out=sums)
 
 
 def _largest(values: Floats, count: int) -> Floats:
     """The `count` largest, falling."""
-    top = (
-        np.partition(values, len(values) - count)[len(values) - count :]
-        if count < len(values)
-        else values.copy()
-    )
+    rest = len(values) - count
+    top = np.partition(values, rest)[rest:] if rest else values.copy()
     top.sort()
     return top[::-1]

@@ -73,7 +73,15 @@ def stop(output: str) -> None:
     (command,) = commands(output, "kill")
     pid = int(command.split()[1])
     paste(command)
-    eventually(lambda: not Path(f"/proc/{pid}").exists(), 30, f"the end of {pid}")
+    eventually(lambda: not is_alive(pid), 30, f"the end of {pid}")
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie is not: in a container it may wait for ever for an init that reaps."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager
@@ -87,7 +95,7 @@ def bad_port(place: Place) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The dependencies are taken from the interpreter that runs the tests: pip finds them there, nothing is loaded."""
+    """With the dependencies of the interpreter that runs the tests: pip finds them, nothing is downloaded."""
     base = tmp_path_factory.mktemp("serve")
     shutil.copytree(REPO, base / "tree", ignore=NOT_COPIED)
     home = base / "a home with spaces"
@@ -190,6 +198,23 @@ class TestFromBareToServing:
                 assert "bin/mindieservice_daemon installed" in place.serve().stdout
                 assert (installed / "extra.py").exists() == exists
                 extra.unlink(missing_ok=True)
+
+    def test_interrupted_it_takes_the_service_along(self, place: Place, first_run: str) -> None:
+        script = subprocess.Popen(
+            ["bash", str(place.tree / "scripts" / "serve.sh"), "--dir", str(place.home)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a process group of its own, as in a terminal
+        )
+        assert script.stdout is not None
+        started = next(line for line in script.stdout if "role=endpoint" in line)
+        os.killpg(script.pid, signal.SIGINT)
+        _, errors = script.communicate(timeout=60)
+        assert script.returncode == 1, started
+        assert "the service was stopped" in errors
+        assert place.processes() == []
 
     def test_the_exit_code_is_that_of_the_daemon(self, place: Place, first_run: str) -> None:
         certificate = place.home / "security" / "certs" / "server.pem"

@@ -8,6 +8,7 @@ import stat
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_greedy_output_varies_and_is_whole_words(written: tuple[str, Path]) -> None:
     """A random tied model that was not balanced repeats one token from the first step on."""
     _, path = written
-    model = AutoModelForCausalLM.from_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
     generator = torch.Generator().manual_seed(5)
     prompts = torch.randint(script.FIRST_WORD, model.config.vocab_size, (4, 32), generator=generator)
     with torch.inference_mode():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,8 +94,3 @@ def test_a_step_leaves_slots_of_other_sequences_alone() -> None:
     for cache in (k_cache, v_cache):
         assert cache[2, :3].eq(1).all()
         assert cache.sum() == 3 * 4
-
-
-def test_an_unknown_backend_is_a_programming_error() -> None:
-    with pytest.raises(KeyError):
-        make_attention("no_such", AttentionSpec(1, 1, 2, torch.float32))

@@ -15,7 +15,7 @@ from worker.platforms.base import MemoryInfo
 from worker.platforms.cpu import CpuPlatform
 from worker.platforms.cpu_kernels import LinearKernels
 from worker.platforms.memory_limits import read_memory
-from worker.platforms.registry import select_platform
+from worker.platforms.registry import _ACCELERATORS, PLATFORMS, select_platform
 
 MIB = 2**20
 
@@ -26,10 +26,25 @@ def test_auto_finds_the_cpu_here() -> None:
 
 
 @pytest.mark.parametrize("device_type", ["npu", "cuda"])
-def test_a_named_device_that_is_not_there_is_refused(device_type: str) -> None:
-    with pytest.raises(StartupError, match=device_type) as caught:
+@pytest.mark.parametrize("reason", ["the driver is not there", None])
+def test_a_named_device_that_cannot_be_used_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device_type: str, reason: str | None
+) -> None:
+    monkeypatch.setitem(_ACCELERATORS, device_type, lambda: reason)
+    with pytest.raises(StartupError) as caught:
         select_platform(device_type)
     assert caught.value.exit_code == EXIT_INIT
+    assert f"{device_type} is not supported by this build yet" in str(caught.value)
+    assert reason is None or reason in str(caught.value)
+
+
+def test_auto_takes_the_first_accelerator_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ("worker.platforms.cpu", "CpuPlatform")
+    for name, missing in {"npu": "no driver", "cuda": None}.items():
+        monkeypatch.setitem(_ACCELERATORS, name, lambda missing=missing: missing)
+        monkeypatch.setitem(PLATFORMS, name, (row[0], f"{name} platform"))
+    with pytest.raises(AttributeError, match="cuda platform"):
+        select_platform("auto")
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,12 @@ def select_platform(device_type: str) -> Platform:
     if device_type == "auto":
         usable = (name for name, missing in _ACCELERATORS.items() if name in PLATFORMS and missing() is None)
         device_type = next(usable, "cpu")
-    elif device_type in _ACCELERATORS:
-        reason = _ACCELERATORS[device_type]()
-        if reason is not None:
-            raise StartupError(f"deviceType {device_type!r}: {reason}", EXIT_INIT)
-    if device_type not in PLATFORMS:
-        raise StartupError(f"deviceType {device_type!r} is not supported by this build yet", EXIT_INIT)
+    else:
+        reason = _ACCELERATORS[device_type]() if device_type in _ACCELERATORS else None
+        faults = [] if device_type in PLATFORMS else [f"{device_type} is not supported by this build yet"]
+        faults += [] if reason is None else [reason]
+        if faults:
+            raise StartupError(f"deviceType {device_type!r}: {'; '.join(faults)}", EXIT_INIT)
     module, name = PLATFORMS[device_type]
     platform: Platform = getattr(importlib.import_module(module), name)()
     return platform
