@@ -1338,7 +1338,7 @@ def export(model: Any, tokenizer: Any, heldout: Sequence[Problem], out: Path) ->
     """Write the model directory; the model card beside it is written by hand."""
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.padding_side = "left"
+    tokenizer.backend_tokenizer.no_padding()  # else the padding of the last evaluation would be saved
     tokenizer.save_pretrained(out)
 
     path = out / "config.json"
@@ -1359,6 +1359,7 @@ def export(model: Any, tokenizer: Any, heldout: Sequence[Problem], out: Path) ->
     # transformers 5 writes the template to a file of its own and a class name that version 4 does not know.
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("backend", None)
     settings |= {"chat_template": CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (out / "chat_template.jinja").unlink(missing_ok=True)

@@ -102,6 +102,11 @@ def test_digits_are_single_tokens(tokenizer: Any) -> None:
     assert tokenizer.tokenize("2026") == ["2", "0", "2", "6"]
 
 
+def test_tokenizer_pads_and_truncates_only_when_asked() -> None:
+    stored = _json("tokenizer.json")
+    assert (stored["padding"], stored["truncation"]) == (None, None)
+
+
 def test_chat_template(tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
