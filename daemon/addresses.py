@@ -65,8 +65,8 @@ def _explain(listener: Listener, error: OSError) -> str:
         owner = f" by pid {pid}" if pid else ""
     keys = ", ".join(_KEYS[plane] for plane in listener.planes)
     return (
-        f"{planes} plane: cannot bind {listener.address}:{listener.port}: {os.strerror(error.errno or 0)}{owner}; "
-        f"stop that process or change {keys}"
+        f"{planes} plane: cannot bind {listener.address}:{listener.port}: "
+        f"{os.strerror(error.errno or 0)}{owner}; stop that process or change {keys}"
     )
 
 
@@ -76,9 +76,8 @@ def _owner(listener: Listener) -> int | None:
         connections = psutil.net_connections("tcp")
     except psutil.Error:
         return None
+    taken = {(host, listener.port) for host in (listener.address, "0.0.0.0", "::")}
     for connection in connections:
-        address = connection.laddr
-        if connection.status == psutil.CONN_LISTEN and address and address.port == listener.port:
-            if address.ip in (listener.address, "0.0.0.0", "::"):
-                return connection.pid
+        if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr) in taken:
+            return connection.pid
     return None

@@ -72,4 +72,3 @@ def _reset_signals() -> None:
     # Ctrl+C reaches the whole foreground group; the parent alone conducts the stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 
-
 LEVELS = ("DEBUG", "INFO", "WARN", "ERROR", "CRITICAL")
 
 logging.addLevelName(logging.WARNING, "WARN")
@@ -44,5 +43,3 @@ def set_up_logging(environ: dict[str, str]) -> None:
     logging.getLogger("server").warning(
         "MINDIE_LOG_LEVEL=%r is not a level; allowed: %s; using INFO", wanted, ", ".join(LEVELS)
     )
-
-

@@ -37,7 +37,12 @@ VERSION = "0.1.0"
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         options = ", ".join(
-            sorted(option for action in self._actions for option in action.option_strings if option.startswith("--"))
+            sorted(
+                option
+                for action in self._actions
+                for option in action.option_strings
+                if option.startswith("--")
+            )
         )
         print(f"{self.prog}: {message}; accepted options: {options}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE)
@@ -50,7 +55,9 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
         "--expert-parallel", choices=["true", "false"], default="false",
         help="accepted for compatibility; true has no effect",
     )  # fmt: skip
-    parser.add_argument("--check-config", action="store_true", help="validate the configuration only, exit 0 or 1")
+    parser.add_argument(
+        "--check-config", action="store_true", help="validate the configuration only, exit 0 or 1"
+    )
     parser.add_argument("--version", action="version", version=f"mindieservice_daemon {VERSION}")
     if len(arguments) > 256:
         parser.error(f"{len(arguments)} arguments; at most 256 are accepted")
@@ -113,6 +120,9 @@ def _supervise(settings: ServerSettings, sockets: list[socket.socket], name: str
             return run_endpoint(
                 EndpointContext(settings.endpoint, settings.schedule, settings.model, sockets, wires, control)
             )
+        from worker.environment import prepare_environment
+
+        prepare_environment()
         from worker.main import run_worker
 
         set_process_name()  # importing torch is reported to rename the thread

@@ -4,8 +4,8 @@ States and what moves them:
 
     BOOTING --all children Ready--> SERVING --SIGTERM/SIGINT--> DRAINING --endpoint gone--> STOPPING
        |                               |                                                       |
-       '-- a child dies, deadline,     '-- a child dies: open streams get an error event       '-- all reaped:
-           SIGTERM: STOPPING               (DRAINING with a short deadline), exit code 6           the exit code
+       '-- a child dies, deadline,     '-- a child dies: open streams get an error             '-- all reaped:
+           SIGTERM: STOPPING               event (DRAINING, a short deadline), code 6              exit code
 """
 
 from __future__ import annotations

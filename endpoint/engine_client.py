@@ -30,8 +30,8 @@ _ERRORS: dict[int, type[ServerError]] = {
     cls.number: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, ServerError)
 }
 _REFUSALS: dict[type[ServerError], str] = {
-    errors.GenerationRefused: "the engine has no cache for a prompt of this length; shorten it, or give the server "
-    "more cache blocks (npuMemSize, kvCacheMemMiB) or a smaller maxSeqLen",
+    errors.GenerationRefused: "the engine has no cache for a prompt of this length; shorten it, or give the "
+    "server more cache blocks (npuMemSize, kvCacheMemMiB) or a smaller maxSeqLen",
     EngineFailed: "the model produced no usable result for this request (its logits were not numbers)",
 }
 
@@ -156,7 +156,9 @@ class EngineClient:
         """Send a request on its way. Raises ServiceUnavailable when no instance can take it."""
         candidates = [link for link in self._links if link.ready is not None and link.down is None]
         if not candidates:
-            raise ServiceUnavailable("no model instance can take requests now; try again later", retry_after_s=5)
+            raise ServiceUnavailable(
+                "no model instance can take requests now; try again later", retry_after_s=5
+            )
         link = min(candidates, key=lambda candidate: candidate.num_flights)
         request_id = next(self._ids)
         async with link.prompt_lock:
@@ -187,7 +189,9 @@ class EngineClient:
         for flight in self.flights():
             if flight.link is link:
                 self._forget(flight.request_id)
-                flight.fail(EngineFailed("the model instance serving this request died; send the request again"))
+                flight.fail(
+                    EngineFailed("the model instance serving this request died; send the request again")
+                )
 
     def _forget(self, request_id: int) -> Flight | None:
         flight = self._flights.pop(request_id, None)
@@ -224,4 +228,3 @@ class EngineClient:
                 link.stats = message
             else:
                 log.warning("unexpected %s on the event channel", type(message).__name__)
-

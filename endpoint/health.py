@@ -40,7 +40,9 @@ class Health:
         return web.Response() if self.ready else _message(503, self._loading())
 
     def _loading(self) -> str:
-        phases = ", ".join(f"instance {instance}: {phase}" for instance, phase in sorted(self.progress.items()))
+        phases = ", ".join(
+            f"instance {instance}: {phase}" for instance, phase in sorted(self.progress.items())
+        )
         return f"loading; {phases}" if phases else "loading"
 
 

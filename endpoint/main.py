@@ -82,7 +82,8 @@ class _Endpoint:
     async def _until_drain(self, work: Coroutine[Any, Any, GenerationService]) -> GenerationService | None:
         """The work's result, or None when the service is stopped before it is there."""
         task = asyncio.ensure_future(work)
-        await asyncio.wait([task, self._drain], return_when=asyncio.FIRST_COMPLETED)
+        until: set[asyncio.Future[Any]] = {task, self._drain}
+        await asyncio.wait(until, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         task.cancel()
@@ -91,7 +92,10 @@ class _Endpoint:
     async def _make_service(self) -> GenerationService:
         given = self._given
         tokenizer = await asyncio.to_thread(
-            TokenizerPool, given.model.weight_path, given.settings.tokenizer_threads, given.model.trust_remote_code
+            TokenizerPool,
+            given.model.weight_path,
+            given.settings.tokenizer_threads,
+            given.model.trust_remote_code,
         )
         ready = await self._engine.wait_ready()
         info = ModelInfo(
@@ -151,5 +155,7 @@ def _generation_defaults(weight_path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise StartupError(f"{weight_path}/generation_config.json cannot be read: {error}", EXIT_INIT) from None
+        raise StartupError(
+            f"{weight_path}/generation_config.json cannot be read: {error}", EXIT_INIT
+        ) from None
     return defaults if isinstance(defaults, dict) else {}

@@ -1,4 +1,4 @@
-"""From a checked request to a stream of text: admission, tokenizing, limits, timeouts, stop strings, abort."""
+"""From a checked request to a stream of text: admission, tokenizing, limits, timeouts, abort."""
 
 from __future__ import annotations
 
@@ -84,7 +84,11 @@ class GenerationStream:
     """The text steps of one request. Iterate it once, or `collect` it."""
 
     def __init__(
-        self, flight: Flight, detokenizer: IncrementalDetokenizer, request: GenerationRequest, context: ReplyContext
+        self,
+        flight: Flight,
+        detokenizer: IncrementalDetokenizer,
+        request: GenerationRequest,
+        context: ReplyContext,
     ) -> None:
         self.context = context
         self._flight = flight
@@ -201,7 +205,9 @@ class GenerationService:
                 if now - flight.arrival > self._settings.e2e_timeout_s:
                     cause = f"no end within e2eTimeout = {self._settings.e2e_timeout_s} s"
                 elif now - flight.last_token > flight.token_limit_s:
-                    cause = f"no token within {flight.token_limit_s:g} s (tokenTimeout, or the request's timeout)"
+                    cause = (
+                        f"no token within {flight.token_limit_s:g} s (tokenTimeout, or the request's timeout)"
+                    )
                 else:
                     continue
                 self._engine.close(flight)
@@ -217,7 +223,9 @@ class GenerationService:
             await asyncio.sleep(0.02)
         for flight in self._engine.flights():
             self._engine.close(flight)
-            flight.fail(ServiceUnavailable("the service was stopped before this request ended; send it again"))
+            flight.fail(
+                ServiceUnavailable("the service was stopped before this request ended; send it again")
+            )
         until = time.monotonic() + 1.0
         while self._admission.running and time.monotonic() < until:
             await asyncio.sleep(0.01)
@@ -226,9 +234,13 @@ class GenerationService:
 
     def _check_accepting(self) -> None:
         if self._stopping:
-            raise ServiceUnavailable("service has been stopped; send the request to another server", retry_after_s=5)
+            raise ServiceUnavailable(
+                "service has been stopped; send the request to another server", retry_after_s=5
+            )
         if not self._engine.available:
-            raise ServiceUnavailable("the model is not ready; see /v2/health/live for the progress", retry_after_s=5)
+            raise ServiceUnavailable(
+                "the model is not ready; see /v2/health/live for the progress", retry_after_s=5
+            )
 
     async def _admit(self) -> None:
         if self._admission.try_enter():
@@ -247,7 +259,9 @@ class GenerationService:
         vocab_size = self.info.vocab_size
         for token_id in request.prompt:
             if not 0 <= token_id < vocab_size:
-                raise GenerationRefused(f"token id {token_id} is outside the vocabulary; allowed: [0, {vocab_size - 1}]")
+                raise GenerationRefused(
+                    f"token id {token_id} is outside the vocabulary; allowed: [0, {vocab_size - 1}]"
+                )
         return request.prompt
 
     def _fit(self, ids: Sequence[int]) -> Sequence[int]:
@@ -258,8 +272,8 @@ class GenerationService:
             return ids
         if self._truncation == "off":
             raise GenerationRefused(
-                f"the prompt has {len(ids)} tokens; allowed: [1, {limit}] (maxInputTokenLen, maxSeqLen - 1 and the "
-                "model's positions); shorten it, or let the server cut it with the config key `truncation`"
+                f"the prompt has {len(ids)} tokens; allowed: [1, {limit}] (maxInputTokenLen, maxSeqLen - 1 and "
+                "the model's positions); shorten it, or let the server cut it with the config key `truncation`"
             )
         return ids[:limit] if self._truncation == "keep_head" else ids[-limit:]
 
@@ -269,12 +283,16 @@ class GenerationService:
             max_tokens=min(request.sampling.max_tokens, self.info.max_seq_len - len(prompt_ids)),
             ignore_eos=request.sampling.ignore_eos or self._ignore_eos,
         )
-        token_limit_s = min(self._settings.token_timeout_s, request.timeout_s or self._settings.token_timeout_s)
+        token_limit_s = min(
+            self._settings.token_timeout_s, request.timeout_s or self._settings.token_timeout_s
+        )
         return await self._engine.submit(
             prompt_ids, sampling, request.priority, arrival=arrival, token_limit_s=token_limit_s
         )
 
-    def _stream(self, request: GenerationRequest, flight: Flight, prompt_ids: Sequence[int]) -> GenerationStream:
+    def _stream(
+        self, request: GenerationRequest, flight: Flight, prompt_ids: Sequence[int]
+    ) -> GenerationStream:
         detokenizer = IncrementalDetokenizer(
             self._tokenizer,
             prompt_ids,
@@ -290,4 +308,3 @@ class GenerationService:
             full_text_frames=self._settings.full_text,
         )
         return GenerationStream(flight, detokenizer, request, context)
-

@@ -36,7 +36,7 @@ class BlockManager:
         return max(0, self.blocks_for(num_tokens) - len(seq.block_table))
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Make the sequence's table cover `num_tokens` tokens; False, and no change, when blocks are short."""
+        """Make the table cover `num_tokens` tokens; False, and no change, when blocks are short."""
         missing = self.missing(seq, num_tokens)
         if missing > len(self._free):
             return False

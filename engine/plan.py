@@ -64,7 +64,9 @@ def build_plan(kind: StepKind, sequences: Seq[Sequence], block_size: int) -> Ste
         row_of_token: NDArray[np.intp] = np.arange(rows)
     else:
         input_ids = np.concatenate([seq.tokens[seq.num_computed : seq.num_tokens] for seq in sequences])
-        positions = np.concatenate([np.arange(seq.num_computed, seq.num_tokens, dtype=np.int32) for seq in sequences])
+        positions = np.concatenate(
+            [np.arange(seq.num_computed, seq.num_tokens, dtype=np.int32) for seq in sequences]
+        )
         row_of_token = np.repeat(np.arange(rows), context_len - computed)
     slots = block_table[row_of_token, positions // block_size] * block_size + positions % block_size
     return StepPlan(kind, sequences, input_ids, positions, slots, query_start, context_len, block_table)

@@ -13,7 +13,7 @@ from engine.block_manager import BlockManager
 from engine.errors import EngineFailed, GenerationRefused, ServerError
 from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan, build_plan
-from engine.sequence import Sequence, SeqStatus
+from engine.sequence import SeqStatus, Sequence
 from engine.settings import ScheduleSettings
 
 log = logging.getLogger("llm.scheduler")

@@ -40,7 +40,13 @@ class Sequence:
     )  # fmt: skip
 
     def __init__(
-        self, request_id: int, prompt: TokenArray, params: SamplingParams, *, priority: int = 5, now: float = 0.0
+        self,
+        request_id: int,
+        prompt: TokenArray,
+        params: SamplingParams,
+        *,
+        priority: int = 5,
+        now: float = 0.0,
     ) -> None:
         """`prompt`: int32 [n], n >= 1. `now`: monotonic seconds."""
         self.request_id = request_id

@@ -34,6 +34,10 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages beside this folder
 
+from worker.environment import prepare_environment
+
+prepare_environment()  # as the daemon does, before torch is loaded
+
 import numpy as np
 import torch
 import zmq

@@ -1,4 +1,4 @@
-"""Starts the real daemon as a user would: an installation directory, a config.json, ./bin/mindieservice_daemon."""
+"""Starts the real daemon as a user would: an installation directory, its config, its command."""
 
 from __future__ import annotations
 
@@ -171,14 +171,21 @@ class Daemon:
         context.load_cert_chain(self.client_dir / "client.pem", self.client_dir / "client.key.pem")
         return context
 
-    def connect(self, port: int | None = None, address: str = HOST, timeout_s: float = 60.0) -> http.client.HTTPConnection:
+    def connect(
+        self, port: int | None = None, address: str = HOST, timeout_s: float = 60.0
+    ) -> http.client.HTTPConnection:
         port = port or self.port
         if self.https:
             return http.client.HTTPSConnection(address, port, timeout=timeout_s, context=self.tls())
         return http.client.HTTPConnection(address, port, timeout=timeout_s)
 
     def request(
-        self, method: str, path: str, body: Json | bytes | None = None, port: int | None = None, timeout_s: float = 60.0
+        self,
+        method: str,
+        path: str,
+        body: Json | bytes | None = None,
+        port: int | None = None,
+        timeout_s: float = 60.0,
     ) -> Answer:
         connection = self.connect(port, timeout_s=timeout_s)
         try:
@@ -258,7 +265,9 @@ class Installation:
     def _ensure_certificates(self) -> Path:
         if not self._certificates.exists():
             script = REPO / "scripts" / "make_certs.py"
-            subprocess.run([sys.executable, script, "--dir", self._certificates], check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, script, "--dir", self._certificates], check=True, capture_output=True
+            )
         return self._certificates
 
 

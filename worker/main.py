@@ -9,8 +9,8 @@ from dataclasses import replace
 import zmq
 
 from engine.block_manager import BlockManager
-from engine.errors import EXIT_INIT, StartupError
 from engine.core import EngineCore, EngineLinks
+from engine.errors import EXIT_INIT, StartupError
 from engine.scheduler import Scheduler
 from engine.wire.channel import Channel
 from engine.wire.messages import EngineReady, Progress, Ready
@@ -69,8 +69,8 @@ def run_worker(given: WorkerContext) -> int:
     control.send(
         Ready(
             f"{given.model.name} in {str(runner.dtype).removeprefix('torch.')}, "
-            f"weights {runner.weight_bytes / 2**20:.1f} MiB, {num_blocks} blocks of {schedule.block_size} tokens "
-            f"({num_blocks * runner.block_bytes / 2**20:.1f} MiB), {time.monotonic() - start:.1f} s"
+            f"weights {runner.weight_bytes / 2**20:.1f} MiB, {num_blocks} blocks of "
+            f"{schedule.block_size} tokens ({num_blocks * runner.block_bytes / 2**20:.1f} MiB), {time.monotonic() - start:.1f} s"
         )
     )
     core.run()

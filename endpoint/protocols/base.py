@@ -32,7 +32,9 @@ class ModelInfo:
     max_prompt_tokens: int  # longer prompts are refused or truncated
     max_seq_len: int
     max_n: int
-    generation_defaults: Mapping[str, Any]  # generation_config.json: temperature, top_k, top_p, do_sample, ...
+    generation_defaults: Mapping[
+        str, Any
+    ]  # generation_config.json: temperature, top_k, top_p, do_sample, ...
     created: int  # unix seconds of server start
 
 

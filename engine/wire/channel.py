@@ -20,6 +20,10 @@ _RECONNECT_MS = 10  # the other side may bind its file a moment after we connect
 _MAX_FRAME_BYTES = 1 << 20
 
 
+def _events(socket: zmq.Socket[bytes]) -> int:
+    return int(socket.getsockopt(zmq.EVENTS))
+
+
 def _bind_private(socket: zmq.Socket[bytes], address: str) -> None:
     """Bind so that the socket file is 0600; libzmq creates it in the calling thread, as the umask says."""
     previous = os.umask(0o177)
@@ -63,7 +67,7 @@ class Channel:
     @property
     def connected(self) -> bool:
         """For a sending socket: whether its peer has been reached."""
-        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT)  # type: ignore[operator]
+        return bool(_events(self._socket) & zmq.POLLOUT)
 
     def wait_connected(self, timeout_s: float) -> bool:
         return bool(self._socket.poll(int(timeout_s * 1e3), zmq.POLLOUT))
@@ -78,7 +82,7 @@ class Channel:
 
     def receive(self) -> Iterator[Message]:
         """Everything that has arrived. Raises WireError on a frame that is not a message."""
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+        while _events(self._socket) & zmq.POLLIN:
             yield decode(self._socket.recv(zmq.DONTWAIT))
 
     def close(self) -> None:
@@ -102,7 +106,7 @@ class ControlHub:
         self._socket.send_multipart([identity.encode(), encode(message)], zmq.DONTWAIT)
 
     def receive(self) -> Iterator[tuple[str, Message]]:
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+        while _events(self._socket) & zmq.POLLIN:
             identity, frame = self._socket.recv_multipart(zmq.DONTWAIT)
             yield identity.decode(), decode(frame)
 

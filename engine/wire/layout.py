@@ -55,7 +55,9 @@ def token_records(outcomes: Sequence[Outcome]) -> Iterator[Sequence[Outcome]]:
         yield outcomes[start : start + ROWS_PER_SLOT]
 
 
-def write_tokens(slot: memoryview, step: int, batch_size: int, step_us: int, outcomes: Sequence[Outcome]) -> None:
+def write_tokens(
+    slot: memoryview, step: int, batch_size: int, step_us: int, outcomes: Sequence[Outcome]
+) -> None:
     header = np.frombuffer(slot, TOKEN_HEADER, 1)
     header["step"], header["rows"], header["batch_size"], header["step_us"] = (
         step, len(outcomes), batch_size, step_us,
@@ -74,4 +76,3 @@ def read_tokens(slot: memoryview) -> tuple[int, list[tuple[int, int, int, int, i
     rows = np.frombuffer(slot, TOKEN_ROW, int(header["rows"]), TOKEN_HEADER.itemsize)
     columns = (rows["request_id"], rows["token"], rows["queue_wait_us"], rows["finish"], rows["error"])
     return int(header["batch_size"]), list(zip(*(column.tolist() for column in columns), strict=True))
-

@@ -14,7 +14,11 @@ import pytest
 from tests.harness import HOST, Answer, Daemon, Json, eventually, merge
 
 MakeDaemon = Callable[..., Daemon]
-CHAT: Json = {"model": "mindie-tiny", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 12}
+CHAT: Json = {
+    "model": "mindie-tiny",
+    "messages": [{"role": "user", "content": "Who are you?"}],
+    "max_tokens": 12,
+}
 COMPLETION: Json = {"model": "mindie-tiny", "prompt": "Once upon a time", "max_tokens": 12}
 INFER: Json = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 12}}
 GOOD = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/infer": INFER, "/infer_token": INFER}
@@ -92,7 +96,9 @@ def test_infer_stream_equals_the_whole_answer(server: Daemon) -> None:
     assert frames[0]["prefill_time"] > 0 and frames[0]["decode_time"] is None
     assert all(f["prefill_time"] is None and f["decode_time"] >= 0 for f in frames[1:])
     assert "generated_text" not in frames[0] and frames[-1]["token"]["text"] is None
-    assert frames[-1]["generated_text"] == whole["generated_text"] and frames[-1]["details"] == whole["details"]
+    assert (
+        frames[-1]["generated_text"] == whole["generated_text"] and frames[-1]["details"] == whole["details"]
+    )
     assert whole["generated_text"].startswith("".join(f["token"]["text"] for f in frames[:-1]))
 
 
@@ -107,7 +113,9 @@ def test_token_ids_and_text_are_the_same_prompt(server: Daemon) -> None:
 
 def test_one_frame_is_one_http_chunk(server: Daemon) -> None:
     """Clients of the original parse every chunk by itself."""
-    raw = raw_exchange(server, "/v1/completions", {**COMPLETION, "stream": True, "stream_options": {"include_usage": True}})
+    raw = raw_exchange(
+        server, "/v1/completions", {**COMPLETION, "stream": True, "stream_options": {"include_usage": True}}
+    )
     head, _, rest = raw.partition(b"\r\n\r\n")
     assert b"text/event-stream" in head and b"chunked" in head.lower()
     chunks = []
@@ -124,10 +132,8 @@ def test_one_frame_is_one_http_chunk(server: Daemon) -> None:
 def raw_exchange(server: Daemon, path: str, body: Json) -> bytes:
     payload = json.dumps(body).encode()
     with socket.create_connection((HOST, server.port), timeout=30) as sock:
-        sock.sendall(
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
-            + payload
-        )
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(payload)}"
+        sock.sendall(f"{head}\r\n\r\n".encode() + payload)
         received = b""
         while chunk := sock.recv(65536):
             received += chunk
@@ -137,13 +143,17 @@ def raw_exchange(server: Daemon, path: str, body: Json) -> bytes:
 def test_a_seed_gives_the_same_text_whatever_else_runs(server: Daemon) -> None:
     body = {**COMPLETION, "max_tokens": 40, "temperature": 1.0, "top_p": 0.95, "seed": 11}
     alone = server.post("/v1/completions", body).json()["choices"][0]["text"]
-    others = [threading.Thread(target=server.post, args=("/v1/completions", {**body, "seed": s})) for s in range(12)]
+    others = [
+        threading.Thread(target=server.post, args=("/v1/completions", {**body, "seed": s})) for s in range(12)
+    ]
     for thread in others:
         thread.start()
     assert server.post("/v1/completions", body).json()["choices"][0]["text"] == alone
     for thread in others:
         thread.join()
-    different = {server.post("/v1/completions", {**body, "seed": s}).json()["choices"][0]["text"] for s in range(4)}
+    different = {
+        server.post("/v1/completions", {**body, "seed": s}).json()["choices"][0]["text"] for s in range(4)
+    }
     assert len(different) > 1
 
 
@@ -219,8 +229,11 @@ def test_bad_bodies_name_field_and_range_and_harm_nobody(
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"{", b"[]", b"1", b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000, b'{"a":' * 5000, b'{"model":"a","model":"b"}',
-     b'{"model": "mindie-tiny", "prompt": "\\ud800"}', b'{"prompt": ' + b"9" * 5000 + b"}"],
+    [
+        b"", b"{", b"[]", b"1", b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000, b'{"a":' * 5000,
+        b'{"model":"a","model":"b"}', b'{"model": "mindie-tiny", "prompt": "\\ud800"}',
+        b'{"prompt": ' + b"9" * 5000 + b"}",
+    ],
 )  # fmt: skip
 def test_bodies_that_are_no_json_object(server: Daemon, raw: bytes) -> None:
     answer = server.post("/v1/completions", raw)
@@ -229,7 +242,15 @@ def test_bodies_that_are_no_json_object(server: Daemon, raw: bytes) -> None:
 
 
 def test_null_and_unknown_fields_count_as_not_sent(server: Daemon) -> None:
-    body = {**CHAT, "seed": None, "top_k": None, "stop": None, "temperature": None, "stream_options": None, "foo": [1]}
+    body = {
+        **CHAT,
+        "seed": None,
+        "top_k": None,
+        "stop": None,
+        "temperature": None,
+        "stream_options": None,
+        "foo": [1],
+    }
     expected = server.post("/v1/chat/completions", CHAT).json()["choices"]
     assert server.post("/v1/chat/completions", body).json()["choices"] == expected
 
@@ -313,7 +334,9 @@ def test_no_prompt_and_no_answer_in_any_log(make_daemon: MakeDaemon) -> None:
     daemon.environ["MINDIE_LOG_LEVEL"] = "DEBUG"
     daemon.start().wait_ready()
     marker = "xylophone-canary-4711"
-    answer = daemon.post("/v1/completions", {**COMPLETION, "prompt": f"{marker} Once upon a time", "max_tokens": 30})
+    answer = daemon.post(
+        "/v1/completions", {**COMPLETION, "prompt": f"{marker} Once upon a time", "max_tokens": 30}
+    )
     assert answer.status == 200
     daemon.post("/v1/completions", {**COMPLETION, "prompt": marker, "top_p": marker})
     daemon.post("/v1/completions", f'{{"prompt": "{marker}", '.encode())

@@ -24,8 +24,15 @@ def assert_refused(daemon: Daemon, code: int, *words: str) -> None:
 
 
 def test_every_config_finding_is_reported_at_once(make_daemon: MakeDaemon) -> None:
-    daemon = make_daemon({"ServerConfig": {"port": 80, "maxLinkNum": True}, "BackendConfig": {"ScheduleConfig": {
-        "maxPrefillTokens": 1024}, "ModelDeployConfig": {"maxInputTokenLen": 2048}}})  # fmt: skip
+    daemon = make_daemon(
+        {
+            "ServerConfig": {"port": 80, "maxLinkNum": True},
+            "BackendConfig": {
+                "ScheduleConfig": {"maxPrefillTokens": 1024},
+                "ModelDeployConfig": {"maxInputTokenLen": 2048},
+            },
+        }
+    )
     assert_refused(
         daemon, 1, "ServerConfig.port=80", "[1024, 65535]", "ServerConfig.maxLinkNum=true",
         "BackendConfig.ScheduleConfig.maxPrefillTokens=1024", "maxInputTokenLen=2048", "3 errors",
@@ -45,14 +52,18 @@ def test_a_missing_config_file_is_named(make_daemon: MakeDaemon) -> None:
     assert "/nowhere/config.json" in daemon.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--nonsense"], ["--config-file"], ["--expert-parallel", "maybe"], ["x"] * 300])
+@pytest.mark.parametrize(
+    "arguments", [["--nonsense"], ["--config-file"], ["--expert-parallel", "maybe"], ["x"] * 300]
+)
 def test_a_bad_command_line_lists_the_options(make_daemon: MakeDaemon, arguments: list[str]) -> None:
     daemon = make_daemon()
     assert daemon.start(*arguments).wait() == 2
     assert "--config-file" in daemon.stderr and "--check-config" in daemon.stderr
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--version"], 0), (["--check-config"], 0)])
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["--version"], 0), (["--check-config"], 0)]
+)
 def test_options_that_only_answer(make_daemon: MakeDaemon, arguments: list[str], code: int) -> None:
     daemon = make_daemon()
     assert daemon.start(*arguments).wait() == code
@@ -86,7 +97,9 @@ def test_a_taken_port_names_plane_address_and_owner(make_daemon: MakeDaemon) -> 
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((HOST, daemon.management_port))
         taken.listen()
-        assert_refused(daemon, 3, "management plane", f"{HOST}:{daemon.management_port}", f"by pid {os.getpid()}")
+        assert_refused(
+            daemon, 3, "management plane", f"{HOST}:{daemon.management_port}", f"by pid {os.getpid()}"
+        )
 
 
 def test_an_address_of_another_machine(make_daemon: MakeDaemon) -> None:
@@ -108,7 +121,9 @@ def test_a_model_directory_without_a_file_is_refused_before_loading(
 ) -> None:
     model = copy_of_the_model(tmp_path)
     (model / missing).unlink()
-    assert_refused(make_daemon(model=model), 1, str(model), missing.replace("model.safetensors", "safetensors"))
+    assert_refused(
+        make_daemon(model=model), 1, str(model), missing.replace("model.safetensors", "safetensors")
+    )
 
 
 def test_a_model_directory_that_does_not_exist(make_daemon: MakeDaemon) -> None:
@@ -137,7 +152,9 @@ def test_an_unknown_architecture_lists_the_known_ones(make_daemon: MakeDaemon, t
 def test_too_few_cache_blocks_say_how_many_are_needed(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon({"BackendConfig": {"runtimeConfig": {"kvCacheBlockNum": 3}}}).start()
     assert daemon.wait() == 5
-    assert "maxSeqLen" in daemon.stderr and "20" in daemon.stderr and "3" in daemon.stderr  # 2560 / 128 blocks
+    assert (
+        "maxSeqLen" in daemon.stderr and "20" in daemon.stderr and "3" in daemon.stderr
+    )  # 2560 / 128 blocks
 
 
 def test_a_device_that_is_not_there(make_daemon: MakeDaemon) -> None:
@@ -153,6 +170,7 @@ def test_shared_memory_names_the_need(make_daemon: MakeDaemon) -> None:
     tokens = min(limit + 1_000_000, 4_194_304)
     if tokens <= limit:
         pytest.skip("/dev/shm is larger than any prompt ring can be")
-    daemon = make_daemon({"BackendConfig": {"ModelDeployConfig": {"maxSeqLen": tokens + 1, "maxInputTokenLen": tokens},
-                          "ScheduleConfig": {"maxPrefillTokens": tokens}}})  # fmt: skip
+    deploy = {"maxSeqLen": tokens + 1, "maxInputTokenLen": tokens}
+    schedule = {"maxPrefillTokens": tokens}
+    daemon = make_daemon({"BackendConfig": {"ModelDeployConfig": deploy, "ScheduleConfig": schedule}})
     assert_refused(daemon, 7, "/dev/shm", "MiB")

@@ -66,17 +66,17 @@ def reference(prompts: list[list[int]], dtype: torch.dtype) -> list[list[int]]:
     return outputs
 
 
-def generate(daemon: Daemon, ids: list[int]) -> list[int]:
-    body = {"input_id": ids, "stream": True, "parameters": {"max_new_tokens": MAX_NEW, "do_sample": False}}
+def generate(daemon: Daemon, ids: list[int], max_new: int = MAX_NEW) -> list[int]:
+    body = {"input_id": ids, "stream": True, "parameters": {"max_new_tokens": max_new, "do_sample": False}}
     with daemon.streaming("/infer_token", body) as response:
         raw = response.read()
         assert response.status == 200, raw
     return [token for payload in sse_payloads(raw) for token in json.loads(payload)["token"]["id"]]
 
 
-def all_at_once(daemon: Daemon, prompts: list[list[int]]) -> list[list[int]]:
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda ids: generate(daemon, ids), prompts))
+def all_at_once(daemon: Daemon, prompts: list[list[int]], max_new: int = MAX_NEW) -> list[list[int]]:
+    with ThreadPoolExecutor(NUM_PROMPTS) as pool:
+        return list(pool.map(lambda ids: generate(daemon, ids, max_new), prompts))
 
 
 def test_fp32_alone_and_all_at_once(
@@ -96,20 +96,20 @@ def test_fp32_with_a_pool_so_small_that_sequences_are_preempted(
 
 
 def test_bf16_agrees_nearly_everywhere(
-    make_daemon: MakeDaemon,
-    prompts: list[list[int]],
-    expected: dict[str, list[list[int]]],
-    record_property: Callable[[str, object], None],
+    make_daemon: MakeDaemon, prompts: list[list[int]], expected: dict[str, list[list[int]]]
 ) -> None:
-    """bf16 rounds differently in every kernel: the share of equal leading tokens is reported and bounded."""
+    """bf16 rounds differently in every kernel, so near ties fall either way.
+
+    Asked for one token after the same context (prompt + part of transformers' answer), the share of equal
+    tokens is reported and bounded; whole answers part for good at their first near tie.
+    """
     daemon = make_daemon(config("bfloat16")).start().wait_ready()
-    equal = total = 0
-    for ours, theirs in zip(all_at_once(daemon, prompts), expected["bfloat16"], strict=True):
-        total += len(theirs)
-        for a, b in zip(ours, theirs, strict=False):
-            if a != b:
-                break  # what follows a different token is another text
-            equal += 1
-    record_property("bf16_equal_leading_tokens", equal / total)
-    print(f"bf16: {equal} of {total} leading tokens equal ({equal / total:.1%})")
-    assert equal / total > 0.9
+    contexts, wanted = [], []
+    for ids, answer in zip(prompts, expected["bfloat16"], strict=True):
+        for cut in range(0, min(len(answer), MAX_PROMPT - len(ids) + 1), 6):
+            contexts.append(ids + answer[:cut])
+            wanted.append(answer[cut])
+    got = [tokens[0] for tokens in all_at_once(daemon, contexts, max_new=1)]
+    share = sum(a == b for a, b in zip(got, wanted, strict=True)) / len(wanted)
+    print(f"bf16: {share:.1%} of {len(wanted)} next tokens equal")
+    assert share > 0.9

@@ -19,7 +19,13 @@ import pytest
 
 from tests.harness import HOST, SUCCESS, Daemon, Json, eventually, merge, sse_payloads
 
-LONG: Json = {"model": "mindie-tiny", "prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+LONG: Json = {
+    "model": "mindie-tiny",
+    "prompt": "Once upon a time",
+    "max_tokens": 2000,
+    "ignore_eos": True,
+    "stream": True,
+}
 LONG_CONFIG: Json = {
     "BackendConfig": {
         "ScheduleConfig": {"maxIterTimes": 4000},
@@ -66,11 +72,14 @@ class Stream(threading.Thread):
 
 def test_the_success_line_comes_once_on_stdout_when_requests_are_served(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start()
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionRefusedError):
         daemon.get("/v1/models")  # refused: nobody listens for inference before the model is there
     daemon.wait_ready()
     assert daemon.manage("/v2/health/ready").status == 200
-    assert daemon.post("/v1/completions", {"model": "mindie-tiny", "prompt": "Hi", "max_tokens": 1}).status == 200
+    assert (
+        daemon.post("/v1/completions", {"model": "mindie-tiny", "prompt": "Hi", "max_tokens": 1}).status
+        == 200
+    )
     assert daemon.stdout == SUCCESS + "\n"
     assert daemon.stop() == 0
 
@@ -89,7 +98,11 @@ def test_health_tells_how_loading_goes(make_daemon: MakeDaemon) -> None:
     eventually(loading_answered, 30.0, "an answer from the management plane")
     live, ready = seen[0]
     if ready.status == 503:  # not already loaded
-        assert live.status == 200 and "loading" in live.json()["message"] and "loading" in ready.json()["message"]
+        assert (
+            live.status == 200
+            and "loading" in live.json()["message"]
+            and "loading" in ready.json()["message"]
+        )
     daemon.wait_ready()
     assert daemon.manage("/v2/health/live").body == b"" and daemon.manage("/v2/health/ready").body == b""
 
@@ -185,7 +198,9 @@ def test_pkill_9_mindie_leaves_nothing_and_a_restart_works(make_daemon: MakeDaem
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_dead_worker_ends_the_service_with_an_error_event(make_daemon: MakeDaemon, number: signal.Signals) -> None:
+def test_a_dead_worker_ends_the_service_with_an_error_event(
+    make_daemon: MakeDaemon, number: signal.Signals
+) -> None:
     daemon = make_daemon(LONG_CONFIG).start().wait_ready()
     streams = [Stream(daemon) for _ in range(5)]
     assert all(stream.started.wait(30) for stream in streams)

@@ -14,7 +14,7 @@ from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence, SeqStatus
+from engine.sequence import SeqStatus, Sequence
 from engine.settings import ScheduleSettings
 
 EOS = 7
@@ -39,7 +39,9 @@ def make_scheduler(num_blocks: int = 64, **limits: int) -> Scheduler:
 
 
 def make_seq(request_id: int, prompt: int, max_tokens: int = 8, now: float = 0.0) -> Sequence:
-    return Sequence(request_id, np.arange(100, 100 + prompt, dtype=np.int32), SamplingParams(max_tokens), now=now)
+    return Sequence(
+        request_id, np.arange(100, 100 + prompt, dtype=np.int32), SamplingParams(max_tokens), now=now
+    )
 
 
 def run_step(scheduler: Scheduler, now: float, token: int = 1) -> tuple[StepPlan | None, list[Outcome]]:
@@ -60,7 +62,9 @@ def test_prefill_waits_for_the_queue_delay_then_decode_follows() -> None:
     assert outcomes[0].queue_wait_us == 5000
     plan, _ = run_step(scheduler, 0.006)
     assert plan is not None and plan.kind is StepKind.DECODE
-    assert plan.positions.tolist() == [5] and plan.input_ids.tolist() == [1] and plan.context_len.tolist() == [6]
+    assert (
+        plan.positions.tolist() == [5] and plan.input_ids.tolist() == [1] and plan.context_len.tolist() == [6]
+    )
 
 
 def test_a_full_batch_starts_at_once_when_the_engine_is_idle() -> None:
@@ -250,7 +254,8 @@ def test_random_schedules_keep_every_invariant(seed: int) -> None:
                 assert plan.num_rows <= limits.max_prefill_batch_size
                 assert plan.num_tokens <= limits.max_prefill_tokens
             tokens = np.array(
-                [rng.choice([1, 2, 3, EOS, -1]) if rng.random() < 0.1 else 1 for _ in plan.sequences], np.int32
+                [rng.choice([1, 2, 3, EOS, -1]) if rng.random() < 0.1 else 1 for _ in plan.sequences],
+                np.int32,
             )
             note(scheduler.commit(plan, tokens, now))
         note(scheduler.take_refused())

@@ -33,7 +33,9 @@ def test_every_message_survives_the_wire(cls: type[m.Message]) -> None:
     assert decode(encode(message)) == message
 
 
-@pytest.mark.parametrize("frame", [b"", b"\xc1", msgpack.packb([99]), msgpack.packb([1, 2]), msgpack.packb({"a": 1})])
+@pytest.mark.parametrize(
+    "frame", [b"", b"\xc1", msgpack.packb([99]), msgpack.packb([1, 2]), msgpack.packb({"a": 1})]
+)
 def test_anything_else_is_refused(frame: bytes) -> None:
     with pytest.raises(WireError):
         decode(frame)
@@ -130,7 +132,9 @@ def test_a_ring_crosses_a_fork_and_leaves_nothing_in_shm() -> None:
 
 def test_a_ring_that_cannot_fit_is_refused_with_numbers() -> None:
     size = 1 << 50
-    with pytest.raises(StartupError, match=r"/dev/shm: \d+ MiB needed .* \d+ MiB free .*--shm-size") as caught:
+    with pytest.raises(
+        StartupError, match=r"/dev/shm: \d+ MiB needed .* \d+ MiB free .*--shm-size"
+    ) as caught:
         create_ring(_name(), slots=1, slot_bytes=size)
     assert caught.value.exit_code == EXIT_IPC
 
