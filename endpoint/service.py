@@ -272,8 +272,8 @@ class GenerationService:
             return ids
         if self._truncation == "off":
             raise GenerationRefused(
-                f"the prompt has {len(ids)} tokens; allowed: [1, {limit}] (maxInputTokenLen, maxSeqLen - 1 and "
-                "the model's positions); shorten it, or let the server cut it with the config key `truncation`"
+                f"the prompt has {len(ids)} tokens; allowed: [1, {limit}] (maxInputTokenLen, maxSeqLen - 1, "
+                "the model's positions); shorten it, or let the server cut it (config key `truncation`)"
             )
         return ids[:limit] if self._truncation == "keep_head" else ids[-limit:]
 

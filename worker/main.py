@@ -69,8 +69,9 @@ def run_worker(given: WorkerContext) -> int:
     control.send(
         Ready(
             f"{given.model.name} in {str(runner.dtype).removeprefix('torch.')}, "
-            f"weights {runner.weight_bytes / 2**20:.1f} MiB, {num_blocks} blocks of "
-            f"{schedule.block_size} tokens ({num_blocks * runner.block_bytes / 2**20:.1f} MiB), {time.monotonic() - start:.1f} s"
+            f"weights {runner.weight_bytes / 2**20:.1f} MiB, "
+            f"{num_blocks} blocks of {schedule.block_size} tokens "
+            f"({num_blocks * runner.block_bytes / 2**20:.1f} MiB), {time.monotonic() - start:.1f} s"
         )
     )
     core.run()
