@@ -24,7 +24,7 @@ def test_the_shipped_model_solves_what_it_claims(https_server: Daemon, tmp_path:
     done = run_script(https_server, "eval_accuracy.py", "--min-accuracy=0.9", f"--json={result}")
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(result.read_text())
-    assert figures["accuracy"] >= 0.9 and figures["problems"] == 500
+    assert figures["accuracy"] >= 0.9 and figures["total"] == 500
 
 
 def test_the_benchmark_counts_every_token(https_server: Daemon, tmp_path: Path) -> None:
