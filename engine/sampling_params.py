@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class SamplingParams:
     """Resolved sampling parameters; the endpoint fills in defaults and checks ranges.
 
-    Application order: penalties, temperature, top_k, top_p, draw (api.md section 3.4).
+    Application order: grammar, bias and penalties, temperature, top_k, top_p, min_p, draw
+    (api.md section 3.4).
     """
 
     max_tokens: int  # > 0; already clamped to what fits the context
@@ -22,6 +23,14 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # over output
     stop_token_ids: tuple[int, ...] = ()  # besides EOS
     ignore_eos: bool = False
+    branches: int = 1  # sequences generated from the one prompt: best_of, or the beam width
+    beam_search: bool = False  # the branches are beams; deterministic, all sampling fields are ignored
+    logprobs: int = -1  # -1: none; k >= 0: of the chosen token and the k most likely ones
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    min_p: float = 0.0  # 0 = off; else drop tokens less likely than min_p x the best one
+    min_tokens: int = 0  # EOS and stop tokens are masked until so many tokens are generated
+    grammar_kind: str = ""  # "" = free text; else "json_schema", "json", "regex", "choice", "grammar"
+    grammar: str = ""  # the schema, expression, JSON list of choices, or grammar text
 
     @property
     def greedy(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from bisect import insort
 from collections.abc import Sequence as Seq
 
@@ -25,8 +26,8 @@ _LOW_BLOCKS = 0.05
 class Scheduler:
     """Continuous batching over a paged cache; one call of `schedule` and one of `commit` per step.
 
-    Both queues are kept in arrival order: `waiting` for a prefill, `running` for their next decode.
-    All times are monotonic seconds given by the caller.
+    Both queues are kept in the order of `Sequence.rank`: `waiting` for a prefill, `running` for their next
+    decode. All times are monotonic seconds given by the caller.
     """
 
     def __init__(self, limits: ScheduleSettings, blocks: BlockManager, eos_token_ids: Seq[int]) -> None:
@@ -48,8 +49,11 @@ class Scheduler:
         if seq.num_prompt > limit or not self.blocks.can_ever_hold(seq.num_prompt + 1):
             self._refuse(seq, GenerationRefused)
             return
+        # First come first served, and each step of priority counts like maxFirstTokenWaitTime of waiting: so
+        # nobody starves, and as everybody ages alike the order never changes and needs no sorting again.
+        seq.rank = seq.arrival + seq.priority * self.limits.max_first_token_wait_ms / 1e3
         self._by_id[seq.request_id] = seq
-        insort(self.waiting, seq, key=_arrival)
+        insort(self.waiting, seq, key=_rank)
 
     def abort(self, request_id: int) -> bool:
         """End a sequence in any state without a record; False when it is not (or no longer) here."""
@@ -57,7 +61,7 @@ class Scheduler:
         if seq is None:
             return False
         (self.waiting if seq.status is SeqStatus.WAITING else self.running).remove(seq)
-        self._finish(seq, FinishCode.ABORTED)
+        self._finish(seq)
         return True
 
     @property
@@ -78,7 +82,7 @@ class Scheduler:
             if batch:
                 return build_plan(StepKind.PREFILL, batch, self.blocks.block_size)
             self._protect_first_token(now)
-        batch = self._decode_batch(now)
+        batch = self._decode_batch()
         if batch:
             return build_plan(StepKind.DECODE, batch, self.blocks.block_size)
         return None
@@ -92,14 +96,14 @@ class Scheduler:
             seq.enqueued = now
             seq.num_computed = seq.num_tokens
             if token < 0:
-                self._finish(seq, FinishCode.ERROR)
+                self._finish(seq)
                 outcomes.append(Outcome(seq.request_id, -1, FinishCode.ERROR, EngineFailed, wait_us))
                 ended = True
                 continue
             seq.append(token)
             finish = self._finish_code(seq, token)
             if finish is not FinishCode.NONE:
-                self._finish(seq, finish)
+                self._finish(seq)
                 ended = True
             outcomes.append(Outcome(seq.request_id, token, finish, None, wait_us))
         if ended:
@@ -142,7 +146,9 @@ class Scheduler:
         batch: list[Sequence] = []
         tokens = 0
         for seq in self.waiting:
-            if len(batch) >= room or tokens + seq.num_tokens > limits.max_prefill_tokens:
+            # alone, a sequence may exceed the budget: recomputed, it holds its output besides the prompt
+            over_budget = batch and tokens + seq.num_tokens > limits.max_prefill_tokens
+            if len(batch) >= room or over_budget:
                 break
             # Resuming into the very last block means being preempted by the next decode step.
             takes_all = self.blocks.missing(seq, seq.num_tokens) == self.blocks.num_free
@@ -155,7 +161,7 @@ class Scheduler:
         del self.waiting[: len(batch)]
         for seq in batch:
             seq.move(SeqStatus.RUNNING)
-            insort(self.running, seq, key=_arrival)
+            insort(self.running, seq, key=_rank)
         return batch
 
     def _protect_first_token(self, now: float) -> None:
@@ -172,17 +178,16 @@ class Scheduler:
             "request %d waited %.0f ms for its first token: preempting request %d for it",
             head.request_id, waited_ms, victim.request_id,
         )  # fmt: skip
-        self._preempt(victim, now)
-        # the victim arrived earlier; before the newcomer it would just take the blocks back
-        self.waiting.remove(victim)
-        self.waiting.insert(1, victim)
+        # it stays at the head until it runs: a victim before it would just take the blocks back
+        head.rank = -math.inf
+        self._preempt(victim)
 
     # -- decode -------------------------------------------------------------------------------------
 
-    def _decode_batch(self, now: float) -> list[Sequence]:
-        """The running sequences in arrival order, each with a slot for its newest token.
+    def _decode_batch(self) -> list[Sequence]:
+        """The running sequences in their order, each with a slot for its newest token.
 
-        When blocks run out the youngest running sequence gives way; the last resort is to give way oneself.
+        When blocks run out the last running sequence gives way; the last resort is to give way oneself.
         """
         batch: list[Sequence] = []
         while len(batch) < min(len(self.running), self.limits.max_batch_size):
@@ -190,20 +195,19 @@ class Scheduler:
             if self.blocks.grow(seq, seq.num_tokens):
                 batch.append(seq)
             else:
-                self._preempt(self.running.pop(), now)
+                self._preempt(self.running.pop())
         return batch
 
-    def _preempt(self, seq: Sequence, now: float) -> None:
+    def _preempt(self, seq: Sequence) -> None:
         """Send a sequence (already out of `running`) back to be prefilled again with its output so far."""
         self.blocks.release(seq)
         seq.num_computed = 0
-        seq.num_preemptions += 1
         self.num_preemptions += 1
         if not self.blocks.can_ever_hold(seq.num_tokens + 1):
             self._refuse(seq, GenerationRefused)
             return
         seq.move(SeqStatus.WAITING)
-        insort(self.waiting, seq, key=_arrival)
+        insort(self.waiting, seq, key=_rank)
         log.info("request %d preempted after %d tokens", seq.request_id, seq.num_output)
 
     # -- endings ------------------------------------------------------------------------------------
@@ -212,22 +216,21 @@ class Scheduler:
         params = seq.params
         if token in self._eos and not params.ignore_eos:
             return FinishCode.EOS
-        if token in params.stop_token_ids:
+        if token in seq.stop_token_ids:
             return FinishCode.STOP_TOKEN
         if seq.num_output >= params.max_tokens or seq.num_tokens >= self.limits.max_seq_len:
             return FinishCode.LENGTH
         return FinishCode.NONE
 
-    def _finish(self, seq: Sequence, code: FinishCode) -> None:
+    def _finish(self, seq: Sequence) -> None:
         self.blocks.release(seq)
-        seq.finish = code
         seq.move(SeqStatus.FINISHED)
         self._by_id.pop(seq.request_id, None)
 
     def _refuse(self, seq: Sequence, error: type[ServerError]) -> None:
-        self._finish(seq, FinishCode.ERROR)
+        self._finish(seq)
         self._refused.append(Outcome(seq.request_id, -1, FinishCode.ERROR, error, 0))
 
 
-def _arrival(seq: Sequence) -> tuple[float, int]:
-    return seq.arrival, seq.request_id
+def _rank(seq: Sequence) -> tuple[float, int]:
+    return seq.rank, seq.request_id

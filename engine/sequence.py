@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineBug
-from engine.outcome import FinishCode
 from engine.sampling_params import SamplingParams
 
 TokenArray = NDArray[np.int32]
@@ -35,8 +34,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "_status", "arrival", "block_table", "enqueued", "finish", "num_computed", "num_preemptions",
-        "num_prompt", "num_tokens", "params", "priority", "request_id", "tokens",
+        "_status", "arrival", "block_table", "enqueued", "num_computed", "num_prompt", "num_tokens",
+        "params", "priority", "rank", "request_id", "stop_token_ids", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -48,7 +47,7 @@ class Sequence:
         priority: int = 5,
         now: float = 0.0,
     ) -> None:
-        """`prompt`: int32 [n], n >= 1. `now`: monotonic seconds."""
+        """`prompt`: int32 [n], n >= 1. `priority`: 1 (first) .. 5. `now`: monotonic seconds."""
         self.request_id = request_id
         self.params = params
         self.priority = priority
@@ -61,8 +60,8 @@ class Sequence:
         self.block_table: list[int] = []
         self.arrival = now
         self.enqueued = now  # when the sequence last began to wait for a step
-        self.num_preemptions = 0
-        self.finish = FinishCode.NONE
+        self.rank = now  # place in the queues, smallest first; the scheduler sets it
+        self.stop_token_ids = frozenset(params.stop_token_ids)
         self._status = SeqStatus.WAITING
 
     @property

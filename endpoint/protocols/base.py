@@ -58,16 +58,27 @@ class GenerationRequest:
     prompt: str | tuple[int, ...] | ChatPrompt
     sampling: SamplingParams
     stream: bool
+    n: int = 1  # choices returned; sampling.branches of them are generated
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # keep the matched stop string (or token text) in the output
     skip_special_tokens: bool = True
     priority: int = 5  # 1 (first) .. 5 (last)
     timeout_s: int | None = None  # the client's own limit between two tokens
+    client_id: str | None = None  # the client's name for it, by which it can be stopped
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its natural-log probability under the model's own distribution."""
+
+    token_id: int
+    text: str  # as it stands in the output, special tokens written out
+    logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStep:
-    """What one engine step added to one request, as text.
+    """What one engine step added to one choice of a request, as text.
 
     `text` is safe to send: no half characters, no part of a stop string that may still complete.
     It can be empty, then the frame still keeps the token cadence.
@@ -82,6 +93,9 @@ class TokenStep:
     queue_wait_us: int
     finish: FinishReason | None = None
     stop_reason: str | int | None = None  # the matched stop string or token id
+    choice: int = 0  # index of the choice this step belongs to
+    logprob: TokenLogprob | None = None  # of the chosen token, when sampling.logprobs >= 0
+    top_logprobs: tuple[TokenLogprob, ...] = ()  # the sampling.logprobs most likely ones, best first
 
 
 @dataclass(slots=True)
@@ -95,6 +109,8 @@ class Completion:
     latencies_ms: list[float]  # first = prefill, others = decode steps
     batch_sizes: list[int]
     queue_waits_us: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token, when asked for
+    top_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +128,10 @@ class Reply(Protocol):
     """Formats the answer of one request. Made by `ProtocolAdapter.reply`, used by one handler only."""
 
     def frame(self, step: TokenStep) -> bytes:
-        """One complete frame for a step; `step.finish` marks the last. b"" sends nothing."""
+        """One complete frame for a step; `step.finish` marks its choice's last. b"" sends nothing."""
+
+    def beam_frames(self, completions: Sequence[Completion]) -> Sequence[bytes]:
+        """The frames of a streamed beam search: whole choices, once all beams have ended."""
 
     def tail(self) -> Sequence[bytes]:
         """What follows the final frame at once (include_usage frame, [DONE]), one frame per element."""
@@ -120,8 +139,8 @@ class Reply(Protocol):
     def error_frames(self, error: ServerError) -> Sequence[bytes]:
         """The frames that end a stream which has already begun."""
 
-    def result(self, completion: Completion) -> bytes:
-        """The JSON body of a non-stream answer."""
+    def result(self, completions: Sequence[Completion]) -> bytes:
+        """The JSON body of a non-stream answer; `request.n` choices, in the order they are returned."""
 
 
 class ProtocolAdapter(Protocol):

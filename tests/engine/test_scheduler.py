@@ -136,7 +136,7 @@ def test_a_recomputed_sequence_is_not_resumed_into_the_last_free_block() -> None
     scheduler.add(make_seq(2, prompt=3))
     run_step(scheduler, 1.0)  # three blocks used
     victim = scheduler.running.pop()
-    scheduler._preempt(victim, 1.0)
+    scheduler._preempt(victim)
     scheduler.add(make_seq(3, prompt=3))
     scheduler.running[0].block_table.append(scheduler.blocks._free.pop())  # one block left
     plan, _ = run_step(scheduler, 1.0)
@@ -155,6 +155,29 @@ def test_a_starving_newcomer_takes_the_place_of_the_youngest() -> None:
     plan, _ = run_step(scheduler, 2.0)
     assert plan is not None and [seq.request_id for seq in plan.sequences] == [1]
     assert [seq.request_id for seq in scheduler.waiting] == [3, 2]
+
+
+def test_priority_goes_first_and_waiting_makes_up_for_it() -> None:
+    scheduler = make_scheduler(max_prefill_batch_size=1, max_first_token_wait_ms=1000)
+    for request_id, priority, now in ((1, 5, 0.0), (2, 5, 0.1), (3, 1, 0.2), (4, 1, 4.05)):
+        seq = Sequence(request_id, np.array([1], np.int32), SamplingParams(1), priority=priority, now=now)
+        scheduler.add(seq)
+    order = []
+    for _ in range(4):
+        plan, _ = run_step(scheduler, 10.0)
+        assert plan is not None
+        order += [seq.request_id for seq in plan.sequences]
+    assert order == [3, 1, 4, 2]  # 4 s of waiting are worth the four steps from 5 to 1
+
+
+def test_a_recomputed_sequence_over_the_token_budget_runs_alone() -> None:
+    scheduler = make_scheduler(num_blocks=64, max_prefill_tokens=8, max_seq_len=64)
+    scheduler.add(make_seq(1, prompt=8, max_tokens=20))
+    for _ in range(3):
+        run_step(scheduler, 1.0)
+    scheduler._preempt(scheduler.running.pop())
+    plan, _ = run_step(scheduler, 1.0)
+    assert plan is not None and plan.kind is StepKind.PREFILL and plan.num_tokens == 11
 
 
 def test_what_can_never_fit_is_refused_once() -> None:
@@ -221,6 +244,7 @@ def run_random_schedule(seed: int) -> None:
         max_batch_size=rng.choice([2, 5, 8]),
         max_prefill_batch_size=rng.choice([1, 2]),
         max_first_token_wait_ms=rng.choice([0, 20, 2500]),
+        max_prefill_tokens=rng.choice([60, 64]),
     )
     limits = scheduler.limits
     expected: dict[int, list[int]] = {}  # what each request was given, in order
@@ -240,6 +264,7 @@ def run_random_schedule(seed: int) -> None:
         arriving = step < 40
         if arriving and rng.random() < 0.6:
             seq = make_seq(next_id, rng.randint(1, 60), rng.randint(1, 20), now)
+            seq.priority = rng.randint(1, 5)
             expected[next_id] = []
             sequences[next_id] = seq
             scheduler.add(seq)
@@ -257,7 +282,7 @@ def run_random_schedule(seed: int) -> None:
             assert plan.num_rows <= limits.max_batch_size
             if plan.kind is StepKind.PREFILL:
                 assert plan.num_rows <= limits.max_prefill_batch_size
-                assert plan.num_tokens <= limits.max_prefill_tokens
+                assert plan.num_tokens <= limits.max_prefill_tokens or plan.num_rows == 1
             tokens = np.array(
                 [rng.choice([1, 2, 3, EOS, -1]) if rng.random() < 0.1 else 1 for _ in plan.sequences],
                 np.int32,
@@ -265,8 +290,12 @@ def run_random_schedule(seed: int) -> None:
             note(scheduler.commit(plan, tokens, now))
         note(scheduler.take_refused())
         scheduler.check()
+        for queue in (scheduler.waiting, scheduler.running):
+            assert [s.rank for s in queue] == sorted(s.rank for s in queue)
         now += rng.choice([0.0001, 0.01])
-    while scheduler.has_work:
+    for _ in range(2000):
+        if not scheduler.has_work:
+            break
         plan = scheduler.schedule(now)
         note(scheduler.take_refused())
         if plan is not None:
