@@ -51,6 +51,7 @@ def _bind(listener: Listener) -> socket.socket:
             # Perhaps only connections in TIME_WAIT; a live listener makes this fail again.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((listener.address, listener.port))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # see above
     except OSError:
         sock.close()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -45,8 +46,8 @@ def run_child(
             control.channel.send(Fatal(code, f"{type(error).__name__}: {error}".splitlines()[0]))
         control.close()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, AttributeError):  # closed, full, or without a reader
+            sys.stderr.flush()
         # not sys.exit: the parent's atexit handlers and buffers are not ours to run
         os._exit(code)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from daemon.config_files import FILE_MODE, Permissions, find_model, find_tls_files
+from daemon.config_files import FILE_MODE, Permissions, find_model, find_tls_files, is_there
 from daemon.config_json import FILE_DEPTH, VALUE_DEPTH, parse_json
 from daemon.config_report import ConfigError, Report, shown
 from daemon.config_rules import check_rules, server_addresses, server_ports
@@ -20,9 +20,12 @@ from daemon.config_schema import BACKEND, DEPLOY, MODEL, RUNTIME, SCHEDULE, SERV
 from daemon.config_values import Values, read_values
 from daemon.listeners import merge_planes
 from daemon.log_settings import read_log_settings
+from endpoint.tls import check_listeners
+from engine.errors import StartupError
 from engine.settings import (
     EndpointSettings,
     Listener,
+    LogSettings,
     ModelSettings,
     ScheduleSettings,
     ServerSettings,
@@ -31,6 +34,7 @@ from engine.settings import (
 _MAX_FILE_BYTES = 10 * 1024 * 1024
 _RAISED_TOKEN_TIMEOUT_S = 3600
 _RAISED_E2E_TIMEOUT_S = 65535
+_MEMORY_FRACTION = 0.8  # of the device memory, unless NPU_MEMORY_FRACTION says otherwise
 
 
 def load_settings(config_file: Path | None, environ: Mapping[str, str], executable: Path) -> ServerSettings:
@@ -51,11 +55,12 @@ def load_settings(config_file: Path | None, environ: Mapping[str, str], executab
     if values.has(f"{MODEL}.modelWeightPath"):
         weight_path = find_model(root, values, permissions, report)
     if report.findings:
-        raise ConfigError(report.findings, path)
+        raise ConfigError([*report.findings, *_certificate_findings(listeners)], path)
 
     log, log_warnings = read_log_settings(document.get("LogConfig"))
     report.warnings += log_warnings
     _remark(document, listeners, report)
+    _remark_without_effect(log, environ, memory_fraction, values, report)
     ipc_dir = values.text(f"{RUNTIME}.ipcDir")
     return ServerSettings(
         root=root,
@@ -92,7 +97,8 @@ def _locate(config_file: Path | None, environ: Mapping[str, str], root: Path) ->
         if environ.get(variable):
             return variable, installed
     in_tree = root / "config.json"
-    return "config.json", in_tree if in_tree.exists() and not installed.exists() else installed
+    # what is there and cannot be looked at is refused where it is read
+    return "config.json", in_tree if is_there(in_tree) and not is_there(installed) else installed
 
 
 def _read_document(
@@ -117,8 +123,8 @@ def _read_document(
         return None
     permissions.check("config.json", str(path), path, FILE_MODE)
     document, faults = parse_json(text, FILE_DEPTH)
-    for where, wrong in faults:
-        report.refuse(where or source, str(path), wrong, "strict JSON")
+    for fault in faults:
+        report.malformed(fault.path or source, fault.value or shown(str(path)), fault.wrong)
     if faults:
         return None
     if not isinstance(document, dict):
@@ -156,7 +162,7 @@ def _apply_environment(document: dict[str, Any], environ: Mapping[str, str], rep
         if override.is_json:
             value, faults = parse_json(text, VALUE_DEPTH)
             if faults:
-                report.refuse(override.variable, text, faults[0][1], "a JSON list of lists of device ids")
+                report.refuse(override.variable, text, faults[0].wrong, "a JSON list of lists of device ids")
                 continue
         section = _section_to_override(document, override.section)
         if section is not None:
@@ -177,7 +183,7 @@ def _section_to_override(document: dict[str, Any], path: str) -> dict[str, Any] 
 
 
 def _memory_fraction(environ: Mapping[str, str], report: Report) -> float:
-    text = environ.get("NPU_MEMORY_FRACTION") or "0.8"
+    text = environ.get("NPU_MEMORY_FRACTION") or str(_MEMORY_FRACTION)
     try:
         fraction = float(text)
     except ValueError:
@@ -207,6 +213,15 @@ def _listeners(root: Path, values: Values, permissions: Permissions, report: Rep
     )
 
 
+def _certificate_findings(listeners: tuple[Listener, ...]) -> list[str]:
+    """What is wrong inside of the certificate files that were found, for a start that is refused anyway."""
+    try:
+        check_listeners(listeners)
+    except StartupError as error:
+        return str(error).splitlines()
+    return []
+
+
 def _remark(document: Mapping[str, Any], listeners: tuple[Listener, ...], report: Report) -> None:
     """Things that are allowed and still deserve a line in the log."""
     if document.get("Version") != "1.0.0":
@@ -217,6 +232,23 @@ def _remark(document: Mapping[str, Any], listeners: tuple[Listener, ...], report
     business, management = by_plane.get("business"), by_plane.get("management")
     if business and management and business.cert_file == management.cert_file:
         report.warn(f"{SERVER}.managementTlsCert is the business certificate; separate sets are recommended")
+
+
+def _remark_without_effect(
+    log: LogSettings, environ: Mapping[str, str], memory_fraction: float, values: Values, report: Report
+) -> None:
+    """What is asked for outside of the sections that config_rules.py looks at, and not done by this build."""
+    later = "not available in this build yet"
+    if log.dynamic_level:
+        report.warn(f"LogConfig.dynamicLogLevel={shown(log.dynamic_level)}: {later}; use MINDIE_LOG_LEVEL")
+    mode = environ.get("MIES_SERVICE_MONITOR_MODE")
+    if mode and mode != "0":
+        report.warn(f"MIES_SERVICE_MONITOR_MODE={mode}: metrics are {later}; without effect")
+    device_type = values.text(f"{RUNTIME}.deviceType")
+    if memory_fraction != _MEMORY_FRACTION and device_type in ("auto", "cpu"):
+        report.warn(
+            f"NPU_MEMORY_FRACTION={memory_fraction}: without effect on the CPU; npuMemSize limits the cache"
+        )
 
 
 def _endpoint(
@@ -267,9 +299,9 @@ def _schedule(values: Values, report: Report) -> ScheduleSettings:
     prefill_batch = number("maxPrefillBatchSize")
     if not 0 < prefill_batch <= batch:
         prefill_batch = adjusted("maxPrefillBatchSize", batch, "the value of maxBatchSize")
-    max_n = values.maybe_integer(f"{SCHEDULE}.maxN") or min(128, batch)
-    if max_n > batch:
-        max_n = adjusted("maxN", batch, "the value of maxBatchSize")
+    max_n = values.maybe_integer(f"{SCHEDULE}.maxN") or min(128, prefill_batch)
+    if max_n > prefill_batch:  # all sequences of a request start in one prefill step
+        max_n = adjusted("maxN", prefill_batch, "the value of maxPrefillBatchSize")
     return ScheduleSettings(
         block_size=number("cacheBlockSize"),
         max_prefill_batch_size=prefill_batch,

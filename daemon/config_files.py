@@ -9,7 +9,7 @@ import shlex
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from daemon.config_report import Report
 from daemon.config_schema import DEPLOY, MODEL, SERVER
@@ -21,6 +21,37 @@ PERMISSION_VARIABLE = "MINDIE_CHECK_INPUTFILES_PERMISSION"
 FILE_MODE = 0o640
 DIRECTORY_MODE = 0o750
 SECRET_MODE = 0o600
+
+
+def is_there(path: Path) -> bool:
+    """Only what is missing is not: a path that cannot be looked at counts, so that its reader complains."""
+    return not isinstance(_look(path), FileNotFoundError | NotADirectoryError)
+
+
+def _look(path: Path) -> os.stat_result | OSError:
+    """`os.stat` for paths out of a configuration, where every failure is somebody's finding."""
+    try:
+        return path.stat()
+    except OSError as error:
+        return error
+
+
+def _fault(path: Path, want: Literal["file", "directory"]) -> str | None:
+    """What keeps `path` from being read; None when nothing does."""
+    info = _look(path)
+    if isinstance(info, FileNotFoundError | NotADirectoryError):
+        return f"no such {want}: {path}"
+    if isinstance(info, OSError):
+        return f"cannot be read: {path}: {info.strerror}"
+    if want == "file":
+        if not stat.S_ISREG(info.st_mode):
+            return f"not a regular file: {path}"
+        return None if os.access(path, os.R_OK) else f"cannot be read: {path}"
+    if not stat.S_ISDIR(info.st_mode):
+        return f"not a directory: {path}"
+    if os.access(path, os.R_OK | os.X_OK):
+        return None
+    return f"cannot be read: {path}; run: chmod u+rx {shlex.quote(str(path))}"
 
 
 class Permissions:
@@ -73,9 +104,13 @@ def _mode_problems(path: Path, limit: int) -> list[tuple[str, str]]:
 
 
 def _modes_inside(directory: Path) -> list[tuple[str, int]]:
-    """Names and permission bits of the regular files directly inside."""
-    with os.scandir(directory) as entries:
-        return [(entry.name, entry.stat().st_mode & 0o777) for entry in entries if entry.is_file()]
+    """Names and permission bits of the regular files directly inside, as far as they can be looked at."""
+    looks = [(path.name, _look(path)) for path in directory.iterdir()]
+    return [
+        (name, info.st_mode & 0o777)
+        for name, info in looks
+        if not isinstance(info, OSError) and stat.S_ISREG(info.st_mode)
+    ]
 
 
 def _owner_problems(path: Path) -> list[tuple[str, str]]:
@@ -92,7 +127,7 @@ def _owner_problems(path: Path) -> list[tuple[str, str]]:
 def find_tls_files(
     plane: Plane, root: Path, values: Values, permissions: Permissions, report: Report
 ) -> TlsFiles | None:
-    """The certificate set of a listener whose first plane is `plane`; None when a finding was added.
+    """The certificate set of a listener whose first plane is `plane`; None when there is a finding about it.
 
     Only presence, place and permissions are judged here; what the files hold is judged in endpoint/tls.py.
     """
@@ -112,7 +147,7 @@ def find_tls_files(
     if wants_crl:
         hint = f", or set {prefix}CrlFiles to [] to disable revocation checks"
         crl_files = place.many(f"{prefix}CrlPath", f"{prefix}CrlFiles", values, hint)
-    if certificate is None or key is None or len(report.findings) > before:
+    if certificate is None or key is None or not ca_files or len(report.findings) > before:
         return None
     return TlsFiles(ca_files, certificate, key, password, crl_files)
 
@@ -151,7 +186,7 @@ class _SecuredFiles:
 
     def _check(self, key: str, value: str, relative: str, secret: bool, hint: str) -> Path | None:
         path = Path(os.path.normpath(f"{self._root}/{relative}"))
-        wrong = self._fault(path)
+        wrong = self._place_fault(path) or _fault(path, "file")
         if wrong:
             allowed = f"a readable file below {self._root}, or set httpsEnabled=false{hint}"
             self._report.refuse(key, value, wrong, allowed)
@@ -159,18 +194,13 @@ class _SecuredFiles:
         self._permissions.check(key, value, path, SECRET_MODE if secret else FILE_MODE, secret)
         return path
 
-    def _fault(self, path: Path) -> str | None:
+    def _place_fault(self, path: Path) -> str | None:
         if not path.is_relative_to(self._root):
             return f"{path} lies outside of the installation root"
         steps = [path, *path.parents][: len(path.parts) - len(self._root.parts)]
-        link = next((step for step in reversed(steps) if step.is_symlink()), None)
-        if link is not None:
-            return f"{link} is a symbolic link"
-        if not path.exists():
-            return f"no such file: {path}"
-        if not path.is_file():
-            return f"not a regular file: {path}"
-        return None if os.access(path, os.R_OK) else f"cannot be read: {path}"
+        # not Path.is_symlink, which raises where a directory on the way cannot be entered
+        link = next((step for step in reversed(steps) if os.path.islink(step)), None)
+        return f"{link} is a symbolic link" if link is not None else None
 
 
 # --- model directory ---
@@ -184,13 +214,9 @@ def find_model(root: Path, values: Values, permissions: Permissions, report: Rep
     given = values.text(_WEIGHT_PATH)
     path = root / given  # an absolute path replaces the root
     allowed = "a directory with config.json, tokenizer.json and *.safetensors"
-    if not path.is_dir():
-        wrong = f"not a directory: {path}" if path.exists() else f"no such directory: {path}{_nearest(path)}"
-        report.refuse(_WEIGHT_PATH, given, wrong, allowed)
-        return path
-    if not os.access(path, os.R_OK | os.X_OK):
-        wrong = f"cannot be read: {path}; run: chmod u+rx {shlex.quote(str(path))}"
-        report.refuse(_WEIGHT_PATH, given, wrong, allowed)
+    if wrong := _fault(path, "directory"):
+        nearest = "" if is_there(path) else _nearest(path)
+        report.refuse(_WEIGHT_PATH, given, wrong + nearest, allowed)
         return path
     permissions.check(_WEIGHT_PATH, given, path, DIRECTORY_MODE)
     names = sorted(entry.name for entry in path.iterdir())
@@ -234,7 +260,7 @@ def _check_model_config(path: Path, given: str, values: Values, report: Report) 
     file = path / "config.json"
     allowed = f"a model's config.json in {path}"
     try:
-        config: Any = json.loads(file.read_bytes())
+        config: Any = json.loads(file.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         report.refuse(_WEIGHT_PATH, given, f"no such file: {file}", allowed)
         return

@@ -6,12 +6,18 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+from daemon.config_report import shown
 
 FILE_DEPTH = 32  # generous: the stock file needs 6, its free-form `models` object a few more
 VALUE_DEPTH = 10  # plugin_params and JSON in environment variables
 
-JsonFault = tuple[str, str]  # dotted path ("" = the document itself), what is wrong
+
+class JsonFault(NamedTuple):
+    path: str  # dotted; "" = the document itself
+    wrong: str
+    value: str = ""  # as a report shows it; "" for the document itself
 
 
 class _Object(dict[str, Any]):
@@ -33,23 +39,26 @@ def parse_json(text: str, max_depth: int) -> tuple[Any, list[JsonFault]]:
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        return None, [("", f"nested deeper than {max_depth} levels")]
+        return None, [JsonFault("", f"nested deeper than {max_depth} levels")]
     except ValueError as error:  # also integers of thousands of digits
-        return None, [("", f"not valid JSON: {error}")]
+        return None, [JsonFault("", f"not valid JSON: {error}")]
     return value, list(_faults(value, "", max_depth))
 
 
 def _faults(value: object, path: str, depth_left: int) -> Iterator[JsonFault]:
     if isinstance(value, float) and not math.isfinite(value):
-        yield path, "NaN, Infinity and numbers too large to represent are not allowed"
+        wrong = "NaN, Infinity and numbers too large to represent are not allowed"
+        yield JsonFault(path, wrong, _brief(value))
     if not isinstance(value, dict | list):
         return
     if depth_left == 0:
-        yield path, "nested too deeply"
+        yield JsonFault(path, "nested too deeply", _brief(value))
         return
     if isinstance(value, _Object):
         for key in value.repeated:
-            yield join(path, key), "key given more than once"
+            yield JsonFault(
+                join(path, key), "key given more than once, the last value shown", _brief(value[key])
+            )
     children = (
         ((join(path, key), child) for key, child in value.items())
         if isinstance(value, dict)
@@ -57,6 +66,13 @@ def _faults(value: object, path: str, depth_left: int) -> Iterator[JsonFault]:
     )
     for child_path, child in children:
         yield from _faults(child, child_path, depth_left - 1)
+
+
+def _brief(value: object) -> str:
+    """Containers only hinted at: a faulty one may be nested too deeply to be written out."""
+    if isinstance(value, dict | list):
+        return "{...}" if isinstance(value, dict) else "[...]"
+    return shown(value)
 
 
 def join(path: str, key: str) -> str:

@@ -45,6 +45,10 @@ class Report:
     ) -> None:
         self._add(key, shown(value), wrong, allowed, see)
 
+    def malformed(self, key: str, value: str, wrong: str) -> None:
+        """Like `refuse`, with `value` in the words of the one who found the fault."""
+        self._add(key, value, wrong, "strict JSON", None)
+
     def absent(self, key: str, allowed: str) -> None:
         self._add(key, "<absent>", "required key is missing", allowed, None)
 

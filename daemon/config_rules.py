@@ -78,7 +78,7 @@ def _read_plugins(values: Values, report: Report) -> None:
     else:
         params, faults = given, []
     if faults:
-        wrong = "; ".join(f"{path}: {fault}" if path else fault for path, fault in faults)
+        wrong = "; ".join(f"{fault.path}: {fault.wrong}" if fault.path else fault.wrong for fault in faults)
         report.refuse(PLUGIN_PARAMS, given, wrong, allowed)
     elif not isinstance(params, dict) or not isinstance(params.get("plugin_type"), str):
         report.refuse(PLUGIN_PARAMS, given, 'holds no string "plugin_type"', allowed)
@@ -380,6 +380,7 @@ _LATER = "not available in this build yet; running without"
 WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (f"{BACKEND}.backendName", ("mindieservice_llm_engine",), "ignored, there is one engine only"),
     (f"{HEALTH}.npuUsageThreshold", (0,), _LATER),
+    (f"{SERVER}.openAiSupport", ("vllm",), "not available in this build yet; answering in the vLLM flavour"),
     (f"{DEPLOY}.maxLoras", (0,), _LATER),
     (f"{DEPLOY}.speculationGamma", (0,), _LATER),
     (f"{MODEL}.backendType", ("atb", "torch"), "ignored, the PyTorch engine is used"),

@@ -18,13 +18,13 @@ from daemon.config import load_settings
 from daemon.logs import set_up_logging
 from daemon.plan import ProcessSpec, plan_processes
 from daemon.rundir import make_run_dir, run_name, sweep_stale
-from daemon.supervisor import Limits, Supervisor
+from daemon.supervisor import Limits, Supervisor, install_signal_pipe
 from daemon.title import hide_interpreter, set_process_name
 from endpoint.context import EndpointContext
 from endpoint.tls import check_listeners
-from engine.errors import EXIT_USAGE, StartupError
+from engine.errors import EXIT_CONFIG, EXIT_USAGE, StartupError
 from engine.settings import Listener, ServerSettings
-from engine.wire import layout
+from engine.wire import sizes
 from engine.wire.links import Control, InstanceWire
 from engine.wire.ring import create_ring
 from worker.context import WorkerContext
@@ -65,6 +65,7 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
+    wakeup_fd = install_signal_pipe()  # first: from here on a signal means an orderly stop
     set_process_name()
     hide_interpreter()
     options = parse_command_line(sys.argv[1:])
@@ -76,24 +77,24 @@ def main() -> int:
         settings = load_settings(options.config_file, environ, Path(sys.argv[0]).absolute())
         for warning in settings.warnings:
             log.warning("%s", warning)
+        for warning in check_listeners(settings.endpoint.listeners):
+            log.warning("%s", warning)
         if options.check_config:
             log.info("%s is valid", settings.config_file)
             return 0
         if options.expert_parallel == "true":
             log.warning("--expert-parallel true is not supported by this build and has no effect")
-        return _serve(settings)
+        return _serve(settings, wakeup_fd)
     except StartupError as error:
         # written as it is: several findings are several lines
         print(error, file=sys.stderr, flush=True)
-        return error.exit_code
+        return EXIT_CONFIG if options.check_config else error.exit_code
 
 
-def _serve(settings: ServerSettings) -> int:
+def _serve(settings: ServerSettings, wakeup_fd: int) -> int:
     """Cheap failures first, in the order of operations.md section 2; then fork."""
     for listener in settings.endpoint.listeners:
         log.info("%s plane: %s", "+".join(listener.planes), _url(listener))
-    for warning in check_listeners(settings.endpoint.listeners):
-        log.warning("%s", warning)
     if not os.access(os.getcwd(), os.W_OK):
         log.warning("%s is not writable; device compilers write kernel_meta* there", os.getcwd())
     sockets = bind_listeners(settings.endpoint.listeners)
@@ -101,12 +102,14 @@ def _serve(settings: ServerSettings) -> int:
     name = run_name()
     run_dir = make_run_dir(settings.ipc_dir, name)
     try:
-        return _supervise(settings, sockets, name, run_dir)
+        return _supervise(settings, sockets, name, run_dir, wakeup_fd)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _supervise(settings: ServerSettings, sockets: list[socket.socket], name: str, run_dir: Path) -> int:
+def _supervise(
+    settings: ServerSettings, sockets: list[socket.socket], name: str, run_dir: Path, wakeup_fd: int
+) -> int:
     wires = [_make_wire(settings, name, run_dir, instance) for instance in range(len(settings.device_ids))]
     specs = plan_processes(settings)
     num_workers = len(specs) - 1
@@ -135,17 +138,18 @@ def _supervise(settings: ServerSettings, sockets: list[socket.socket], name: str
     log.info("configuration %s, %d worker(s)", settings.config_file, num_workers)
     # Once everybody is connected nobody needs the socket files: not even kill -9 leaves one behind then.
     remove_run_dir = partial(shutil.rmtree, run_dir, ignore_errors=True)
-    return Supervisor(specs, entry, sockets, f"ipc://{run_dir}/ctl", limits, remove_run_dir).run()
+    address = f"ipc://{run_dir}/ctl"
+    return Supervisor(specs, entry, sockets, address, limits, wakeup_fd, remove_run_dir).run()
 
 
 def _make_wire(settings: ServerSettings, name: str, run_dir: Path, instance: int) -> InstanceWire:
-    prompt_bytes = layout.prompt_slot_bytes(settings.schedule.max_input_len)
+    prompt_bytes = sizes.prompt_slot_bytes(settings.schedule.max_input_len)
     return InstanceWire(
         instance=instance,
         command_address=f"ipc://{run_dir}/cmd.{instance}",
         event_address=f"ipc://{run_dir}/evt.{instance}",
-        prompt_ring=create_ring(f"{name}_prompt{instance}", layout.PROMPT_SLOTS, prompt_bytes),
-        token_ring=create_ring(f"{name}_token{instance}", layout.TOKEN_SLOTS, layout.TOKEN_SLOT_BYTES),
+        prompt_ring=create_ring(f"{name}_prompt{instance}", sizes.PROMPT_SLOTS, prompt_bytes),
+        token_ring=create_ring(f"{name}_token{instance}", sizes.TOKEN_SLOTS, sizes.TOKEN_SLOT_BYTES),
     )
 
 

@@ -52,7 +52,11 @@ def sweep_stale(parent: Path | None) -> None:
 
 
 def _remove_if_dead(path: Path, uid: int, pid: int, started: str) -> None:
-    if path.lstat().st_uid != os.getuid():
+    try:
+        owner = path.lstat().st_uid
+    except FileNotFoundError:  # another daemon is just starting and unlinks its own
+        return
+    if owner != os.getuid():
         log.info("%s is owned by uid %d; left alone", path, uid)
         return
     if _start_time(pid) == started:

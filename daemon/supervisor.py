@@ -10,6 +10,8 @@ States and what moves them:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 import select
@@ -43,6 +45,9 @@ _FAILED_DRAIN_S = 2.0  # to end open streams with an error event after a death
 _IDLE_TURN_S = 3600.0  # nothing is due while serving
 _PROGRESS_EVERY_S = 5.0
 _LAST_WORDS_S = 0.5  # a dying child's reason may arrive just after its SIGCHLD
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+_PR_SET_CHILD_SUBREAPER = 36
 
 Entry = Callable[[ProcessSpec, Control], int]
 
@@ -79,13 +84,16 @@ class Supervisor:
         listeners: Sequence[socket.socket],
         control_address: str,
         limits: Limits,
+        wakeup_fd: int,
         on_serving: Callable[[], None],
     ) -> None:
+        """`wakeup_fd`: from install_signal_pipe. `on_serving` is called once, when all children are ready."""
         self._specs = specs
         self._entry = entry
         self._listeners = listeners
         self._control_address = control_address
         self._limits = limits
+        self._wakeup_fd = wakeup_fd
         self._on_serving = on_serving
         self._state = State.BOOTING
         self._deadline = 0.0
@@ -94,9 +102,10 @@ class Supervisor:
         self._hub: ControlHub | None = None
 
     def run(self) -> int:
-        wakeup_fd = _install_signal_pipe()
+        wakeup_fd = self._wakeup_fd
+        _adopt_orphans()
         self._deadline = time.monotonic() + self._limits.init_timeout_s
-        self._fork_all(wakeup_fd)
+        self._fork_all()
         # libzmq starts threads with its context, so not before the forks
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._hub = ControlHub(context, self._control_address)
@@ -119,16 +128,17 @@ class Supervisor:
 
     # -- forking ------------------------------------------------------------------------------------
 
-    def _fork_all(self, wakeup_fd: int) -> None:
+    def _fork_all(self) -> None:
         lifeline_read, lifeline_write = os.pipe()
         parent_pid = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush_stderr()
+        # a signal that met a child before it has its own handlers would be written to our pipe
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         for spec in self._specs:
             pid = os.fork()
             if pid == 0:
                 os.close(lifeline_write)  # only the parent's end may keep the pipe open
-                os.close(wakeup_fd)
+                os.close(self._wakeup_fd)
                 if spec.role != "endpoint":
                     for sock in self._listeners:
                         sock.close()
@@ -136,6 +146,7 @@ class Supervisor:
                 run_child(parent_pid, lifeline_read, self._control_address, spec.identity, entry)
             self._children[pid] = Child(spec, pid)
             log.info("%s pid=%d started", spec, pid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         os.close(lifeline_read)
         for sock in self._listeners:
             sock.close()
@@ -154,6 +165,8 @@ class Supervisor:
             self._stop()
         else:
             log.warning("%s (%d) received again: stopping at once", name, number)
+            self._state = State.STOPPING
+            self._deadline = time.monotonic() + _TERM_GRACE_S
             self._signal_children(signal.SIGKILL)
 
     def _read_messages(self) -> None:
@@ -208,7 +221,7 @@ class Supervisor:
             log.info("%s pid=%d %s", child.spec, child.pid, how)
             return
         is_endpoint = child.spec.role == "endpoint"
-        if self._state is State.DRAINING and is_endpoint:
+        if self._state is State.DRAINING and is_endpoint and code == 0:
             log.info("endpoint pid=%d has drained", child.pid)
             self._stop()
             return
@@ -255,7 +268,11 @@ class Supervisor:
         self._deadline = time.monotonic() + _IDLE_TURN_S
         self._on_serving()
         log.info(SUCCESS_LINE)
-        print(SUCCESS_LINE, flush=True)
+        try:
+            print(SUCCESS_LINE, flush=True)
+        except OSError as error:  # nobody reads it, or the disk is full: that is no reason not to serve
+            log.warning("standard output cannot be written: %s", error.strerror)
+            sys.stdout = None  # else the interpreter tries again at exit
 
     def _drain(self, seconds: float) -> None:
         self._state = State.DRAINING
@@ -277,12 +294,13 @@ class Supervisor:
             os.kill(pid, number)  # not yet reaped, so the pid is still theirs
 
 
-def _install_signal_pipe() -> int:
+def install_signal_pipe() -> int:
     """Let TERM, INT and CHLD write their number to a pipe; all work happens in the loop that reads it."""
     read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+    for number in _HANDLED:
         signal.signal(number, _nothing)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)  # launch.py holds them back until now
     return read_fd
 
 
@@ -299,5 +317,18 @@ def _drain_signals(read_fd: int) -> bytes:
 
 def _kill_stragglers() -> None:
     """End grandchildren (operator compilers of a device stack) that outlived their parents."""
-    for process in psutil.Process().children(recursive=True):
-        process.kill()
+    stragglers = psutil.Process().children(recursive=True)
+    for process in stragglers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(stragglers, timeout=_LAST_WORDS_S)
+
+
+def _adopt_orphans() -> None:
+    """Make orphaned grandchildren our children instead of init's, so that they can be found at the end."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _flush_stderr() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stderr.flush()

@@ -89,12 +89,22 @@ class Daemon:
 
     # -- life ---------------------------------------------------------------------------------------
 
-    def start(self, *arguments: str, new_group: bool = False) -> Daemon:
-        """Start without waiting. `new_group`: a process group of its own, as a shell's foreground job has."""
+    def start(
+        self, *arguments: str, new_group: bool = False, new_session: bool = False, shell: str = ""
+    ) -> Daemon:
+        """Start without waiting.
+
+        `new_group`: a process group of its own, as a shell's foreground job has. `shell`: what a shell line
+        has after the command, such as a redirection.
+        """
+        command = ["./bin/mindieservice_daemon", *arguments]
+        if shell:
+            command = ["bash", "-c", f"./bin/mindieservice_daemon {shell}"]
         environ = {**os.environ, "MINDIE_LOG_LEVEL": "INFO", **self.environ}
         with (self.root / "stdout.log").open("wb") as out, (self.root / "stderr.log").open("wb") as err:
             self.process = subprocess.Popen(
-                ["./bin/mindieservice_daemon", *arguments],
+                command,
+                start_new_session=new_session,
                 cwd=self.root,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -247,7 +257,7 @@ class Installation:
         launcher = root / "bin" / "mindieservice_daemon"
         launcher.write_text(
             f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPO)!r})\n"
-            "from daemon.main import main\nsys.exit(main())\n"
+            "from daemon.launch import main\nsys.exit(main())\n"
         )
         launcher.chmod(0o550)
         port, management_port, metrics_port = free_ports(3)

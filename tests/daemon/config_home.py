@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import importlib.util
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import pytest
 
 from daemon.config import load_settings
 from daemon.config_report import ConfigError
@@ -13,7 +21,7 @@ from engine.settings import ServerSettings
 REPO = Path(__file__).resolve().parents[2]
 STOCK_CONFIG = REPO / "config.json"
 
-# What each plane's certificate set is made of; contents do not matter to the configuration.
+# What each plane's certificate set is made of.
 TLS_FILES = (
     "security/ca/ca.pem",
     "security/ca/management_ca.pem",
@@ -24,6 +32,41 @@ TLS_FILES = (
 )
 
 Json = dict[str, Any]
+
+
+def load_make_certs() -> ModuleType:
+    """A fresh copy of scripts/make_certs.py, which may be patched."""
+    spec = importlib.util.spec_from_file_location("make_certs", REPO / "scripts" / "make_certs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _tls_contents() -> dict[str, bytes]:
+    """Made once, with one key for all certificates, because making keys takes long."""
+    make_certs = load_make_certs()
+    key = make_certs._new_key()
+    make_certs._new_key = lambda: key  # type: ignore[attr-defined]
+    return {f"security/{name}": content for name, content in make_certs.make_all(825, ["127.0.0.1"]).items()}
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, directory: Path, error: type[OSError] = PermissionError) -> None:
+    """Everything below `directory` as another user's; a real one would not stop root."""
+    stat, lstat = os.stat, os.lstat
+
+    def guarded(real: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
+        def call(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+            if not isinstance(path, int) and directory in Path(os.fsdecode(path)).parents:
+                number = errno.EACCES if error is PermissionError else errno.ENOENT
+                raise OSError(number, os.strerror(number), os.fsdecode(path))
+            return real(path, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "stat", guarded(stat))
+    monkeypatch.setattr(os, "lstat", guarded(lstat))
 
 
 class Home:
@@ -53,7 +96,7 @@ class Home:
 
     def put_tls_files(self) -> None:
         for name in TLS_FILES:
-            self.put(name)
+            self.put(name, _tls_contents()[name].decode())
 
     @property
     def server(self) -> Json:

@@ -15,7 +15,7 @@ from daemon.config_report import ConfigError
 from daemon.config_schema import MODEL, SECTIONS, SERVER
 from engine.errors import EXIT_CONFIG
 from engine.settings import ScheduleSettings
-from tests.daemon.config_home import REPO, Home
+from tests.daemon.config_home import REPO, Home, deny
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_shipped_file_loads_where_certificates_and_model_are(tmp_path: Path) -> 
         max_iter_times=512,
         max_queue_delay_us=5000,
         max_first_token_wait_ms=2500,
-        max_n=128,
+        max_n=50,
         max_seq_len=2560,
         max_input_len=2048,
         truncation="off",
@@ -356,6 +356,20 @@ def test_lookup_order(home: Home, tmp_path: Path) -> None:
     assert _load(None, {"MIES_INSTALL_PATH": str(other.root)}, tmp_path) == other.file
 
 
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+def test_a_file_that_cannot_be_looked_at_is_not_skipped(
+    home: Home, tmp_path: Path, error: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = home.put("conf/config.json", json.dumps(home.document))
+    in_tree = home.put("config.json", json.dumps(home.document))
+    deny(monkeypatch, installed.parent, error)
+    if error is FileNotFoundError:
+        assert _load(None, {}, tmp_path) == in_tree
+    else:
+        with pytest.raises(ConfigError, match=f"{installed}.*Permission denied"):
+            _load(None, {}, tmp_path)
+
+
 @pytest.mark.parametrize("variable", ["MIES_CONFIG_JSON_PATH", "MINDIE_LLM_HOME_PATH"])
 def test_broken_candidate_is_not_skipped(home: Home, tmp_path: Path, variable: str) -> None:
     home.put("conf/config.json", json.dumps(home.document))
@@ -404,8 +418,8 @@ def test_duplicate_keys_and_nan_are_named_with_their_paths(home: Home) -> None:
     with pytest.raises(ConfigError) as caught:
         home.load_text(text)
     first, second = caught.value.findings
-    assert first.startswith("[config] ServerConfig.port=") and "more than once" in first
-    assert "ModelConfig[0].worldSize" in second and "NaN" in second
+    assert first.startswith("[config] ServerConfig.port=1026: ") and "more than once" in first
+    assert "ModelConfig[0].worldSize=NaN: " in second
 
 
 # --- environment ---
@@ -435,6 +449,27 @@ def test_bad_override_names_its_variable(home: Home, variable: str, value: str, 
     assert variable in finding and part in finding
 
 
+@pytest.mark.parametrize(
+    ("environ", "part"),
+    [
+        ({"MIES_SERVICE_MONITOR_MODE": "1"}, "metrics are not available in this build yet"),
+        ({"NPU_MEMORY_FRACTION": "0.5"}, "without effect on the CPU"),
+        ({"NPU_MEMORY_FRACTION": "0.5", "MINDIE_DEVICE_TYPE": "cpu"}, "without effect on the CPU"),
+    ],
+)
+def test_variables_without_effect_are_told(home: Home, environ: dict[str, str], part: str) -> None:
+    home.environ = environ
+    assert home.warning(part).startswith(next(iter(environ)))
+
+
+def test_stock_values_of_variables_without_effect_are_not_mentioned(home: Home) -> None:
+    before = home.load().warnings
+    home.environ = {"NPU_MEMORY_FRACTION": "0.8", "MIES_SERVICE_MONITOR_MODE": "0"}
+    assert home.load().warnings == before
+    home.environ = {"NPU_MEMORY_FRACTION": "0.5", "MINDIE_DEVICE_TYPE": "cuda"}
+    assert not [warning for warning in home.load().warnings if "NPU_MEMORY_FRACTION" in warning]
+
+
 # --- adjustments ---
 
 
@@ -456,6 +491,17 @@ def test_batch_follows_prefill_tokens_and_takes_the_others_along(home: Home) -> 
     home.schedule.update(maxPrefillTokens=16, maxIterTimes=8, maxN=100)
     schedule = home.load().schedule
     assert (schedule.max_batch_size, schedule.max_prefill_batch_size, schedule.max_n) == (16, 16, 16)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 50), (128, 50), (50, 50), (4, 4)])
+def test_all_sequences_of_a_request_fit_one_prefill_step(
+    home: Home, given: int | None, expected: int
+) -> None:
+    if given is not None:
+        home.schedule["maxN"] = given
+    settings = home.load()
+    assert settings.schedule.max_n == expected
+    assert any("maxN=128: 50 is used" in warning for warning in settings.warnings) == (given == 128)
 
 
 def test_prompt_limit_leaves_room_for_a_token(home: Home) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.config_home import Home
+from tests.daemon.config_home import Home, deny
 
 PERMISSIONS = "MINDIE_CHECK_INPUTFILES_PERMISSION"
 
@@ -139,6 +139,45 @@ def test_shared_certificate_is_remarked_upon(home: Home) -> None:
     assert home.warning("separate sets are recommended")
 
 
+@pytest.mark.parametrize("name", ["security/keys", "security", "models"])
+def test_a_directory_of_another_user_is_a_finding(
+    home: Home, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    deny(monkeypatch, home.root / name)
+    findings = home.findings()
+    assert all("cannot be read: " in finding and "Permission denied" in finding for finding in findings)
+    key = "modelWeightPath" if name == "models" else "tlsPk"
+    assert any(f"{key}=" in finding for finding in findings)
+
+
+@pytest.mark.parametrize("section", ["server", "model"])
+def test_a_name_that_no_file_can_have_is_a_finding(home: Home, section: str) -> None:
+    long = "x" * 256
+    if section == "server":
+        home.server["tlsPk"] = f"security/{long}"
+    else:
+        home.model["modelWeightPath"] = f"models/{long}"
+    assert "File name too long" in home.only_finding()
+
+
+def test_a_model_of_links_into_a_foreign_cache_can_be_judged(
+    home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    (home.model_dir / "extra.json").symlink_to(cache / "blob")
+    (home.model_dir / "loop").symlink_to("loop")
+    deny(monkeypatch, home.model_dir / "extra.json")
+    home.load()
+
+
+def test_certificates_are_judged_with_everything_else(home: Home) -> None:
+    home.put("security/certs/management/server.pem", "no certificate")
+    home.schedule["maxBatchSize"] = 0
+    config, tls = home.findings()
+    assert config.startswith("[config] BackendConfig.ScheduleConfig.maxBatchSize=0")
+    assert tls.startswith("[tls] ServerConfig.managementTlsCert=")
+
+
 # --- model directory ---
 
 
@@ -157,6 +196,14 @@ def test_everything_wrong_with_a_model_at_once(home: Home) -> None:
 def test_broken_model_config(home: Home, text: str) -> None:
     home.put("models/mindie-tiny/config.json", text)
     assert str(home.model_dir / "config.json") in home.only_finding()
+
+
+def test_a_byte_order_mark_is_tolerated_as_in_the_configuration(home: Home) -> None:
+    file = home.model_dir / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    home.load()
+    file.write_bytes("{}".encode("utf-16"))
+    assert "cannot be read" in home.only_finding()
 
 
 def test_accepted_spellings_of_a_model_config(home: Home) -> None:

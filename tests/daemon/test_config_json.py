@@ -25,7 +25,16 @@ def test_unrepresentable_numbers(text: str) -> None:
 
 def test_every_repeated_key_is_named_with_its_path() -> None:
     _, faults = parse_json('{"a": [{"b": 1, "b": 2}], "c": 1, "c": 2, "d": 1}', FILE_DEPTH)
-    assert {path for path, _ in faults} == {"a[0].b", "c"}
+    assert {(fault.path, fault.value) for fault in faults} == {("a[0].b", "2"), ("c", "2")}
+
+
+def test_a_fault_shows_its_value_and_no_deep_ones() -> None:
+    _, faults = parse_json('{"a": NaN, "b": [[1]], "c": 1, "c": {"d": 1}}', 2)
+    assert [(fault.path, fault.value) for fault in faults] == [
+        ("c", "{...}"),
+        ("a", "NaN"),
+        ("b[0]", "[...]"),
+    ]
 
 
 def test_names_cannot_break_a_line() -> None:

@@ -123,7 +123,9 @@ def test_ps_shows_one_parent_and_every_process_has_the_name(make_daemon: MakeDae
 
 def test_kill_of_the_idle_parent_ends_everything_with_exit_code_0(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start().wait_ready()
+    start = time.monotonic()
     assert daemon.stop() == 0
+    assert time.monotonic() - start < 3.0  # the contract's bound for an idle service
     assert ports_free(daemon) and "Traceback" not in daemon.stderr
 
 
@@ -137,8 +139,19 @@ def test_ctrl_c_reaches_the_whole_group_and_is_clean(make_daemon: MakeDaemon) ->
 def test_term_while_starting_stops_with_exit_code_0(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start()
     eventually(lambda: "role=worker" in daemon.stderr, 30.0, "forked worker")
+    start = time.monotonic()
     assert daemon.stop() == 0
+    assert time.monotonic() - start < 5.0  # the contract's bound while starting
     assert SUCCESS not in daemon.stdout
+
+
+def test_a_signal_in_the_first_moments_is_no_traceback(make_daemon: MakeDaemon) -> None:
+    for delay in (0.1, 0.2, 0.3):
+        daemon = make_daemon().start()
+        time.sleep(delay)
+        daemon.popen.send_signal(signal.SIGINT)
+        code = daemon.wait()
+        assert code == 0 and "Traceback" not in daemon.stderr
 
 
 def test_running_requests_finish_before_the_stop_and_new_ones_are_refused(make_daemon: MakeDaemon) -> None:
@@ -173,6 +186,19 @@ def test_a_second_signal_stops_at_once(make_daemon: MakeDaemon) -> None:
     eventually(lambda: "SIGTERM" in daemon.stderr, 5.0, "the first signal's log line")
     daemon.popen.send_signal(signal.SIGINT)
     assert daemon.wait(5) == 0
+    assert "died" not in daemon.stderr
+
+
+@pytest.mark.parametrize("redirection", [">&-", "| true"])
+def test_a_standard_output_that_cannot_be_written_is_no_reason_to_die(
+    make_daemon: MakeDaemon, redirection: str
+) -> None:
+    daemon = make_daemon().start(shell=redirection)
+    eventually(lambda: SUCCESS in daemon.stderr, 60.0, "the success line in the log")
+    assert daemon.get("/v1/models").status == 200
+    parent = daemon.child("endpoint").ppid()
+    os.kill(parent, signal.SIGTERM)
+    eventually(lambda: not daemon.leftovers(), 10.0, "an orderly stop")
 
 
 def test_kill_9_of_the_parent_takes_the_children_along(make_daemon: MakeDaemon) -> None:
@@ -188,8 +214,9 @@ def test_kill_9_of_the_parent_takes_the_children_along(make_daemon: MakeDaemon) 
 
 
 def test_pkill_9_mindie_leaves_nothing_and_a_restart_works(make_daemon: MakeDaemon) -> None:
-    daemon = make_daemon().start().wait_ready()
-    subprocess.run(["pkill", "-9", "mindie"], check=True)
+    daemon = make_daemon().start(new_session=True).wait_ready()
+    # within the session only: whoever else runs a daemon here keeps it
+    subprocess.run(["pkill", "-9", "-s", str(daemon.pid), "mindie"], check=True)
     daemon.wait()
     eventually(lambda: not daemon.leftovers(), 3.0, "no process, socket or shared memory left")
     assert ports_free(daemon)
@@ -243,9 +270,10 @@ def test_two_daemons_on_different_ports_do_not_meet(make_daemon: MakeDaemon) -> 
 
 
 def test_a_stale_run_directory_is_swept_and_foreign_names_are_left(make_daemon: MakeDaemon) -> None:
-    stale, foreign = Path(f"/tmp/mindie_{os.getuid()}_999999_1"), Path("/tmp/mindie_notes_of_somebody")
-    stale.mkdir()
-    foreign.mkdir()
+    temporary = Path(tempfile.gettempdir())
+    stale, foreign = temporary / f"mindie_{os.getuid()}_999999_1", temporary / "mindie_notes_of_somebody"
+    stale.mkdir(exist_ok=True)
+    foreign.mkdir(exist_ok=True)
     try:
         daemon = make_daemon().start().wait_ready()
         assert not stale.exists() and foreign.exists() and str(stale) in daemon.stderr
@@ -288,6 +316,7 @@ def test_two_instances_share_the_load(make_daemon: MakeDaemon) -> None:
 
 def test_an_idle_service_burns_no_processor_time(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start().wait_ready()
+    assert daemon.post("/v1/completions", {"model": "mindie-tiny", "prompt": "Hi"}).status == 200
     family = [psutil.Process(daemon.pid), *daemon.children()]
 
     def used() -> float:
