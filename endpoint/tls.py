@@ -208,19 +208,28 @@ def load_private_key(files: TlsFiles) -> PrivateKeyTypes:
 
 
 def _password(files: TlsFiles) -> bytes:
+    """Never empty: to the libraries that would mean that no password was given."""
     if files.key_password_file is not None:
         lines = files.key_password_file.read_bytes().splitlines()
-        return lines[0] if lines else b""
-    if sys.stdin is None or not sys.stdin.isatty():
+        password, source = lines[0] if lines else b"", str(files.key_password_file)
+    elif sys.stdin is not None and sys.stdin.isatty():
+        password, source = _ask_password(files.key_file), "the answer"
+    else:
         cause = "is encrypted and no password file is named"
         raise StartupError(f"{files.key_file}: {cause}; set the ...PkPwd key", EXIT_TLS)
-    return _ask_password(files.key_file)
+    if not password:
+        cause = f"is encrypted and the first line of {source} is empty"
+        raise StartupError(f"{files.key_file}: {cause}; give the password of the key", EXIT_TLS)
+    return password
 
 
 @functools.cache
 def _ask_password(key_file: Path) -> bytes:
     """Asked in the parent before it forks; the children inherit the answer with the cache."""
-    return getpass.getpass(f"Password of {key_file}: ").encode()
+    try:
+        return getpass.getpass(f"Password of {key_file}: ").encode()
+    except EOFError:
+        return b""
 
 
 def _leaf(pem: bytes) -> x509.Certificate:

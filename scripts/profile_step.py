@@ -45,12 +45,13 @@ import zmq
 from engine.block_manager import BlockManager
 from engine.core import EngineCore, EngineLinks
 from engine.errors import StartupError
-from engine.plan import Int32Array, StepKind, StepPlan, build_plan
+from engine.executor import Sampled
+from engine.plan import StepKind, StepPlan, build_plan
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence as TokenSequence
+from engine.sequence import SequenceGroup
 from engine.settings import ModelSettings, ScheduleSettings
-from engine.wire import layout
+from engine.wire import layout, sizes
 from engine.wire.channel import Channel
 from engine.wire.ring import RingReader, RingWriter, create_ring
 from worker.batch import make_batch
@@ -76,7 +77,7 @@ class ProbingExecutor:
         self.last_kind = StepKind.PREFILL
         self._block_size = block_size
 
-    def run(self, plan: StepPlan) -> Int32Array:
+    def run(self, plan: StepPlan) -> Sampled:
         start = time.perf_counter()
         again = build_plan(plan.kind, plan.sequences, self._block_size)
         planned = time.perf_counter()
@@ -106,8 +107,8 @@ class Ends:
 @contextmanager
 def make_ends() -> Iterator[Ends]:
     name = f"mindie_{os.getuid()}_{os.getpid()}_profile"
-    prompts = create_ring(f"{name}_prompt", 1, layout.prompt_slot_bytes(1))
-    tokens = create_ring(f"{name}_token", layout.TOKEN_SLOTS, layout.TOKEN_SLOT_BYTES)
+    prompts = create_ring(f"{name}_prompt", 1, sizes.prompt_slot_bytes(1))
+    tokens = create_ring(f"{name}_token", sizes.TOKEN_SLOTS, sizes.TOKEN_SLOT_BYTES)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     events = Channel(context, zmq.PULL, "inproc://events", bind=True)
     links = EngineLinks(
@@ -191,7 +192,7 @@ def profile(
     prompts = np.random.default_rng(seed).integers(0, runner.vocab_size, (batch, context), np.int32)
     params = SamplingParams(max_tokens=limits.max_iter_times, ignore_eos=True)
     for number, prompt in enumerate(prompts):
-        core.scheduler.add(TokenSequence(number, prompt, params, now=time.monotonic()))
+        core.scheduler.add(SequenceGroup(number, prompt, params, now=time.monotonic()))
 
     decodes: list[Times] = []
     prefills: list[float] = []

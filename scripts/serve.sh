@@ -21,6 +21,8 @@ The ports are written to DIR/conf/config.json, which is otherwise yours: it is c
 PYTHON=/path/to/python3 names the interpreter (3.10 or newer); pip's own settings, such as PIP_INDEX_URL and
 PIP_EXTRA_INDEX_URL, apply.
 
+A service that is starting in DIR is waited for; one that is stopping is waited for and started again.
+
 Exit codes: 0 serving (also when it was already), otherwise 1 or that of mindieservice_daemon.
 EOF
 }
@@ -31,6 +33,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 
 readonly success_line="Daemon start success!"
+readonly patience_s=60 # with a service that has served and does not answer any more
 home=$PWD/mindie-service
 port="" management_port="" metrics_port=""
 
@@ -77,10 +80,8 @@ running_pid() {
 
 install_everything() {
     local started=$SECONDS
-    if [[ -d $home && ! -e $home/pyvenv.cfg && -n $(ls -A "$home") ]]; then
-        die "$home holds something else; name an empty or a new directory with --dir"
-    fi
     step "installing to" "$home"
+    stamped "$home" begun serve.sh || stamp "$home" begun serve.sh
     make_venv "$home"
     if stamped "$home" dependencies "$(dependencies_hash "$home")"; then
         step "dependencies" "unchanged"
@@ -96,16 +97,24 @@ install_everything() {
     if [[ -e $home/conf/config.json ]]; then
         step "conf" "config.json unchanged"
     else
-        cp config.json "$home/conf/config.json"
+        cp config.json "$home/conf/.config.json.new"
+        mv "$home/conf/.config.json.new" "$home/conf/config.json"
         step "conf" "config.json copied"
     fi
     set_ports
-    if [[ -e $home/security/ca/ca.pem ]]; then
+    make_certificates
+}
+
+make_certificates() {
+    if [[ -n $(ls -A "$home/security" 2> /dev/null) ]]; then
         step "security" "certificates unchanged"
-    else
-        "$home/bin/python" scripts/make_certs.py --dir "$home/security" > /dev/null
-        step "security" "demonstration certificates made; replace them before others can reach this service"
+        return
     fi
+    rm -rf "$home/.security.new"
+    "$home/bin/python" scripts/make_certs.py --dir "$home/.security.new" > /dev/null
+    rmdir "$home/security" 2> /dev/null || true
+    mv "$home/.security.new" "$home/security" # all or nothing
+    step "security" "demonstration certificates made; replace them before others can reach this service"
 }
 
 sources_hash() {
@@ -124,6 +133,7 @@ install_sources() {
         return
     fi
     # built from a copy: setuptools leaves build/ behind, and would ship again what is no longer in the tree
+    unstamp "$home" sources
     mkdir "$build"
     cp -R setup.cfg pyproject.toml README.md LICENSE daemon endpoint engine worker "$build"
     pip_install "$home" --no-deps --no-index --no-build-isolation --force-reinstall "$build"
@@ -138,9 +148,11 @@ install_model() {
         step "model" "models/mindie-tiny unchanged"
         return
     fi
+    unstamp "$home" model
     mkdir -p "$home/models"
-    rm -rf "$home/models/mindie-tiny"
-    cp -R models/mindie-tiny "$home/models"
+    rm -rf "$home/models/mindie-tiny" "$home/models/.mindie-tiny.new"
+    cp -R models/mindie-tiny "$home/models/.mindie-tiny.new"
+    mv "$home/models/.mindie-tiny.new" "$home/models/mindie-tiny"
     stamp "$home" model "$hash"
     step "model" "models/mindie-tiny copied"
 }
@@ -149,12 +161,13 @@ install_model() {
 edit_ports() {
     "$home/bin/python" - "$1" "$home/conf/config.json" "$port" "$management_port" "$metrics_port" << 'EOF'
 import json
+import os
 import sys
 from pathlib import Path
 
 action, path, ports = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 try:
-    config = json.loads(path.read_bytes())
+    config = json.loads(path.read_text(encoding="utf-8-sig"))
     server = config["ServerConfig"]
     wanted = zip(("port", "managementPort", "metricsPort"), ports, strict=True)
     changes = {key: int(value) for key, value in wanted if value and server.get(key) != int(value)}
@@ -162,7 +175,10 @@ try:
 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     sys.exit(f"serve.sh: the ports cannot be set in {path}: {type(error).__name__}: {error}")
 if changes and action == "write":
-    path.write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh = path.with_name(".config.json.new")
+    fresh.write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.chmod(path.stat().st_mode & 0o777)
+    os.replace(fresh, path)
 print(", ".join(f"{key} {value}" for key, value in changes.items()))
 EOF
 }
@@ -176,7 +192,72 @@ set_ports() {
     fi
 }
 
-# The service was running when we came.
+# The service's own word: "ready", "silent" when nobody listens, "unknown" when it cannot be asked (no client
+# certificate it accepts, or a configuration that has been changed since), otherwise what it is busy with.
+ask_service() {
+    "$home/bin/python" - "$home" << 'EOF'
+import http.client
+import json
+import os
+import ssl
+import sys
+from pathlib import Path
+
+import mindie_server.daemon.launch as launch
+
+sys.path.insert(0, str(Path(launch.__file__).parents[1]))
+from daemon.config import load_settings  # noqa: E402
+from engine.errors import StartupError  # noqa: E402
+
+home = Path(sys.argv[1])
+try:
+    settings = load_settings(home / "conf" / "config.json", dict(os.environ), home / "bin" / "mindieservice_daemon")
+except StartupError:
+    print("unknown")
+    sys.exit()
+listener = next(one for one in settings.endpoint.listeners if "management" in one.planes)
+address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listener.address, listener.address)
+try:
+    if listener.tls:
+        client = home / "security" / "client"
+        context = ssl.create_default_context(cafile=client / "ca.pem")
+        context.load_cert_chain(client / "client.pem", client / "client.key.pem")
+        connection = http.client.HTTPSConnection(address, listener.port, timeout=10, context=context)
+    else:
+        connection = http.client.HTTPConnection(address, listener.port, timeout=10)
+    connection.request("GET", "/v2/health/ready")
+    answer = connection.getresponse()
+    body = answer.read()
+    print("ready" if answer.status == 200 else json.loads(body)["message"])
+except ssl.SSLEOFError:
+    print("silent")
+except (ssl.SSLError, FileNotFoundError, PermissionError, ValueError, LookupError, TypeError):
+    print("unknown")
+except (OSError, http.client.HTTPException):
+    print("silent")
+EOF
+}
+
+# The service was running when we came: returns when it has ended, or exits when it serves.
+join_service() {
+    local answer told="" silent_since=$SECONDS
+    while [[ -n $daemon_pid ]]; do
+        answer=$(ask_service)
+        if [[ $answer == ready || $answer == unknown ]]; then
+            leave_running
+            exit 0
+        fi
+        [[ $answer == silent ]] || silent_since=$SECONDS
+        if ((SECONDS - silent_since > patience_s)) && grep -qsxF "$success_line" "$home/output.log"; then
+            die "process $daemon_pid runs in $home and does not answer; see output.log there, or kill $daemon_pid"
+        fi
+        [[ $answer == "$told" ]] || step "waiting" "for process $daemon_pid: ${answer/#silent/starting or ending}"
+        told=$answer
+        sleep 0.5
+        daemon_pid=$(running_pid)
+    done
+}
+
 leave_running() {
     local others
     others=$(edit_ports compare)
@@ -194,7 +275,7 @@ start_daemon() {
     step "starting" "nohup ./bin/mindieservice_daemon > output.log 2>&1 &"
     cd -- "$home"
     : > output.log
-    nohup ./bin/mindieservice_daemon > output.log 2>&1 < /dev/null &
+    nohup ./bin/mindieservice_daemon > output.log 2>&1 < /dev/null 9<&- &
     daemon_pid=$!
     cd -- "$OLDPWD"
 }
@@ -300,11 +381,12 @@ EOF
 parse_arguments "$@"
 # set for another installation, they would send this one to the other's configuration
 unset MINDIE_LLM_HOME_PATH MIES_INSTALL_PATH MIES_CONFIG_JSON_PATH
-daemon_pid=$(running_pid)
-if [[ -n $daemon_pid ]]; then
-    leave_running
-    exit 0
+if [[ -d $home && ! -e $home/pyvenv.cfg && ! -e $home/.stamp-begun && -n $(ls -A "$home") ]]; then
+    die "$home holds something else; name an empty or a new directory with --dir"
 fi
+lock "$home"
+daemon_pid=$(running_pid)
+join_service
 
 rest_started=$SECONDS
 install_everything

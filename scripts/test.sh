@@ -4,6 +4,7 @@
 #   scripts/test.sh [--fast] [argument of pytest ...]     --fast leaves out the tests marked slow
 # Exits with pytest's code; with 1 when the tests pass and another check does not.
 set -euo pipefail
+caller_dir=$PWD
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/venv.sh
 source scripts/venv.sh
@@ -17,11 +18,13 @@ for argument; do
     esac
 done
 
+lock .venv
 make_venv .venv
 if ! stamped .venv dependencies "$(dependencies_hash .venv dev)"; then
     printf 'installing the dependencies into .venv; PyTorch is large, this takes some minutes ...\n'
     install_dependencies .venv dev
 fi
+unlock
 
 # What the tests start inherits this; the name tells it from a service that runs here anyway.
 export MINDIE_TEST_RUN=$$

@@ -1,5 +1,6 @@
 # Sourced by serve.sh and test.sh: a virtual environment with the pinned dependencies, made once.
-# Expects the working directory to be the repository. Everything already there is kept.
+# Expects the working directory to be the repository, and in $caller_dir the one it was started from.
+# Everything already there is kept.
 # shellcheck shell=bash
 
 work=$(mktemp -d)
@@ -10,10 +11,28 @@ die() {
     exit 1
 }
 
+# lock DIRECTORY: until this process or `unlock` ends it, nobody else installs there. Descriptor 9 is the lock.
+lock() {
+    mkdir -p -- "$1"
+    exec 9< "$1"
+    if ! flock --nonblock 9; then
+        printf 'waiting for another %s, which is at work in %s ...\n' "${0##*/}" "$1"
+        flock 9
+    fi
+}
+
+unlock() {
+    exec 9<&-
+}
+
 # The first interpreter that is new enough; PYTHON=... names another.
 find_python() {
     local candidate candidates=(python3 python3.13 python3.12 python3.11 python3.10)
-    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    case ${PYTHON:-} in
+        "") ;;
+        [!/]*/*) candidates=("$caller_dir/$PYTHON") ;;
+        *) candidates=("$PYTHON") ;;
+    esac
     for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; then
             printf '%s\n' "$candidate"
@@ -46,13 +65,18 @@ pip_install() {
     fi
 }
 
-# A stamp remembers what a step was done with, so that the step is repeated exactly when that has changed.
+# A stamp remembers what a step was done with, so that the step is repeated exactly when that has changed. A step
+# takes its stamp away before it begins: one that was interrupted is repeated as well.
 stamped() { # DIRECTORY STEP HASH
     [[ -f $1/.stamp-$2 && $(< "$1/.stamp-$2") == "$3" ]]
 }
 
 stamp() { # DIRECTORY STEP HASH
     printf '%s\n' "$3" > "$1/.stamp-$2"
+}
+
+unstamp() { # DIRECTORY STEP
+    rm -f "$1/.stamp-$2"
 }
 
 # hash_files PATH...: one hash over names and contents, without what Python caches beside its sources.
@@ -81,6 +105,7 @@ for extra in sys.argv[1:]:
     print(config["options.extras_require"][extra])
 print("setuptools")  # builds our own package
 EOF
+    unstamp "$directory" dependencies
     pip_install "$directory" --constraint constraints.txt --requirement "$work/requirements.txt"
     stamp "$directory" dependencies "$(dependencies_hash "$directory" "$@")"
 }

@@ -222,6 +222,33 @@ def test_wrong_password_is_not_repeated(material: Material) -> None:
         assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", [b"", b"\n", b"\r\npass word\n"])
+def test_an_empty_password_is_told(material: Material, text: bytes) -> None:
+    password = material.put("pass/key_pwd.txt", text)
+    files = replace(material.encrypt_key(b"pass word"), key_password_file=password)
+    for attempt in (lambda: check_material("business", files), lambda: make_server_context(files)):
+        with pytest.raises(StartupError, match=f"the first line of {password} is empty") as caught:
+            attempt()
+        assert caught.value.exit_code == EXIT_TLS
+
+
+@pytest.mark.parametrize("answer", ["", EOFError])
+def test_no_password_from_the_terminal_is_told(
+    material: Material, monkeypatch: pytest.MonkeyPatch, answer: str | type[EOFError]
+) -> None:
+    def ask(prompt: str) -> str:
+        if isinstance(answer, str):
+            return answer
+        raise answer
+
+    monkeypatch.setattr(getpass, "getpass", ask)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    tls._ask_password.cache_clear()
+    with pytest.raises(StartupError, match="is encrypted and"):
+        check_material("business", material.encrypt_key(b"typed"))
+    tls._ask_password.cache_clear()
+
+
 def test_encrypted_key_without_password_and_terminal(
     material: Material, monkeypatch: pytest.MonkeyPatch
 ) -> None:

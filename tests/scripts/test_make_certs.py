@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import stat
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from cryptography import x509
@@ -15,18 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from daemon.config import load_settings
 from endpoint.tls import check_listeners
-from tests.daemon.config_home import REPO, TLS_FILES, Home
+from tests.daemon.config_home import TLS_FILES, Home, load_make_certs
 
-
-def _load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_certs", REPO / "scripts" / "make_certs.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_certs = _load_script()
+make_certs = load_make_certs()
 
 
 @pytest.fixture(scope="module")

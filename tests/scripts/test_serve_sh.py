@@ -41,12 +41,28 @@ class Place:
             timeout=280,
         )
 
+    def serving(self) -> subprocess.Popen[str]:
+        """serve.sh in the background, in a process group of its own as in a terminal."""
+        return subprocess.Popen(
+            ["bash", str(self.tree / "scripts" / "serve.sh"), "--dir", str(self.home)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
     def content(self) -> dict[str, tuple[int, int]]:
         """Time of change and size of every file but the log and Python's caches."""
         files = (
             path for path in self.home.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".log")
         )
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+    def parent(self) -> psutil.Process:
+        """The running daemon's parent process."""
+        pids = self.processes()
+        return next(process for process in map(psutil.Process, pids) if process.ppid() not in pids)
 
     def processes(self) -> list[int]:
         """Everything that runs in the installation directory."""
@@ -89,8 +105,10 @@ def bad_port(place: Place) -> Iterator[None]:
     path = place.home / "conf" / "config.json"
     good = path.read_text()
     path.write_text(re.sub(r'"port": \d+', '"port": 80', good))
-    yield
-    path.write_text(good)
+    try:
+        yield
+    finally:
+        path.write_text(good)
 
 
 @pytest.fixture(scope="module")
@@ -199,19 +217,69 @@ class TestFromBareToServing:
                 assert (installed / "extra.py").exists() == exists
                 extra.unlink(missing_ok=True)
 
+    def test_two_at_once_start_one_service(self, place: Place, first_run: str) -> None:
+        with place.serving() as first, place.serving() as second:
+            outputs = [run.communicate(timeout=200) for run in (first, second)]
+        assert [run.returncode for run in (first, second)] == [0, 0], outputs
+        assert sorted("running already" in out for out, _ in outputs) == [False, True]
+        assert len({command for out, _ in outputs for command in commands(out, "kill")}) == 1
+
+    def test_a_stopping_service_is_waited_for_and_started_again(self, place: Place, first_run: str) -> None:
+        old = place.parent()
+        worker = max(old.children(), key=lambda child: child.memory_info().rss)
+        worker.suspend()  # so that the end takes as long as we want
+        try:
+            old.terminate()
+            with place.serving() as run:
+                assert run.stdout is not None
+                line = next(line for line in run.stdout if line.startswith("waiting "))
+                assert f"process {old.pid}" in line
+                worker.resume()
+                out, errors = run.communicate(timeout=100)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.resume()
+        assert run.returncode == 0, errors
+        assert "running already" not in out
+        assert not is_alive(old.pid)
+
+    def test_a_starting_service_is_waited_for(self, place: Place, first_run: str) -> None:
+        place.parent().kill()
+        eventually(lambda: not place.processes(), 30, "the end of all")
+        path = place.home / "output.log"
+        with path.open("wb") as log:
+            daemon = subprocess.Popen(["bin/mindieservice_daemon"], cwd=place.home, stdout=log, stderr=log)
+        try:
+            eventually(lambda: path.stat().st_size, 30, "a first word")  # before, it has no name
+            joined = place.serve()
+        finally:
+            daemon.terminate()
+            daemon.wait(30)
+        assert joined.returncode == 0, joined.stdout + joined.stderr
+        assert f"process {daemon.pid}" in joined.stdout
+        assert "running already" in joined.stdout
+        assert commands(joined.stdout, "kill") == [f"kill {daemon.pid}"]
+
+    def test_what_was_interrupted_is_done_again(self, place: Place, first_run: str) -> None:
+        """As a kill leaves it: temporary copies that are not whole, and no stamp of what had begun."""
+        whole = place.content().keys()
+        (place.home / "security").rename(place.home / ".security.new")
+        (place.home / ".security.new/client/client.key.pem").unlink()
+        models = place.home / "models"
+        (models / "mindie-tiny").rename(models / ".mindie-tiny.new")
+        (models / ".mindie-tiny.new/config.json").unlink()
+        for step in ("model", "sources"):
+            (place.home / f".stamp-{step}").unlink()
+        with bad_port(place):
+            place.serve()
+        assert place.content().keys() == whole
+
     def test_interrupted_it_takes_the_service_along(self, place: Place, first_run: str) -> None:
-        script = subprocess.Popen(
-            ["bash", str(place.tree / "scripts" / "serve.sh"), "--dir", str(place.home)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # a process group of its own, as in a terminal
-        )
-        assert script.stdout is not None
-        started = next(line for line in script.stdout if "role=endpoint" in line)
-        os.killpg(script.pid, signal.SIGINT)
-        _, errors = script.communicate(timeout=60)
+        with place.serving() as script:
+            assert script.stdout is not None
+            started = next(line for line in script.stdout if "role=endpoint" in line)
+            os.killpg(script.pid, signal.SIGINT)
+            _, errors = script.communicate(timeout=60)
         assert script.returncode == 1, started
         assert "the service was stopped" in errors
         assert place.processes() == []
@@ -256,6 +324,22 @@ def test_an_old_python_is_named(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "Python 3.10 or newer" in refused.stderr
     assert "/bin/false" in refused.stderr
+
+
+def test_python_counts_from_where_the_caller_is(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\ntouch "$0.was-asked"\nexit 1\n')
+    python.chmod(0o755)
+    refused = subprocess.run(
+        ["bash", str(REPO / "scripts" / "serve.sh"), "--dir", "home"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": "bin/python"},
+        capture_output=True,
+        timeout=60,
+    )
+    assert refused.returncode == 1
+    assert (tmp_path / "bin" / "python.was-asked").exists()
 
 
 def test_help_is_shown(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from worker.config_values import ConfigValues
 from worker.models.registry import model_class
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "write_random_model.py"
@@ -92,10 +93,11 @@ def test_tensors_are_the_ones_the_server_expects(name: str) -> None:
     """Checked on the meta device: no memory is taken for the large shapes."""
     shape = script.SHAPES[name]
     config = script.model_config(shape, "bfloat16")
-    cls = model_class(config["architectures"])
+    values = ConfigValues(Path("config.json"), config)
+    cls = model_class(values)
     with torch.device("meta"):
         written = {key: tuple(tensor.shape) for key, tensor in script.tensors(shape, 0, torch.bfloat16)}
-    assert written == cls.tensor_shapes(cls.parse_config(config))
+    assert written == cls.tensor_shapes(cls.parse_config(values))
 
 
 def test_seed_decides_the_weights(tmp_path: Path) -> None:
