@@ -7,12 +7,13 @@ import select
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from engine.errors import EngineBug
 from engine.executor import Executor
 from engine.outcome import Outcome
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence
+from engine.sequence import SequenceGroup
 from engine.wire import layout
 from engine.wire.channel import Channel
 from engine.wire.messages import Abort, EngineStats, Submit
@@ -48,7 +49,7 @@ class EngineLinks:
 
 @dataclass(slots=True)
 class EngineCore:
-    """Drives one scheduler and one executor until the process is told to end.
+    """Drives one scheduler and one executor until the process ends.
 
     `clock` is monotonic seconds. A failure in a step is not caught here: ranks may be out of step then,
     and a process in an unknown state is worse than a dead one.
@@ -58,12 +59,11 @@ class EngineCore:
     executor: Executor
     links: EngineLinks
     times: StepTimes = field(default_factory=StepTimes)
-    stopping: bool = False
     _stats_sent: float = 0.0
     _was_busy: bool = False
 
-    def run(self) -> None:
-        while not self.stopping:
+    def run(self) -> NoReturn:
+        while True:
             self.step()
 
     def step(self) -> None:
@@ -101,7 +101,7 @@ class EngineCore:
             if isinstance(message, Submit):
                 self._admit(message)
             elif isinstance(message, Abort):
-                self.scheduler.abort(message.request_id)
+                self.scheduler.abort(message.request_id, None if message.branch < 0 else message.branch)
             else:
                 log.warning("unexpected %s on the command channel", type(message).__name__)
 
@@ -113,8 +113,9 @@ class EngineCore:
         self.links.prompts.release()
         if request_id != submit.request_id or len(ids) != submit.num_prompt_tokens:
             raise EngineBug(f"request {submit.request_id}: the ring holds the prompt of {request_id}")
-        seq = Sequence(request_id, ids, submit.sampling, priority=submit.priority, now=time.monotonic())
-        self.scheduler.add(seq)
+        self.scheduler.add(
+            SequenceGroup(request_id, ids, submit.sampling, priority=submit.priority, now=time.monotonic())
+        )
 
     def _wait(self) -> None:
         """Sleep until a message comes or the head of the waiting queue becomes due."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -24,7 +25,10 @@ class Outcome:
     """One row of a token record."""
 
     request_id: int
+    branch: int  # index among the sequences of the request
     token: int  # -1: no token, see `error`
     finish: FinishCode
     error: type[ServerError] | None
     queue_wait_us: int  # between the previous step of this request (or its arrival) and this one
+    logprob: float = 0.0  # of the token, when asked for
+    top: Sequence[tuple[int, float]] = ()  # the most likely tokens and their log-probabilities, best first

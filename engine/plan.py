@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -25,7 +25,8 @@ class StepPlan:
 
     The query tokens of row r are `input_ids[query_start[r]:query_start[r + 1]]`; they are the last tokens
     of a context of `context_len[r]` tokens, so position = context_len - query length + offset.
-    Every row samples one token from its last query token.
+    Tokens are sampled from the last query token of a row: usually one per row, several for a prompt whose
+    answer has several branches.
     """
 
     kind: StepKind
@@ -36,6 +37,9 @@ class StepPlan:
     query_start: Int32Array  # [R + 1]
     context_len: Int32Array  # [R] tokens with keys in the cache after this step
     block_table: Int32Array  # [R, B], B = longest table of the step, padded with 0
+    samples: Seq[Sequence]  # [S] what is sampled for; `sequences` itself when S = R
+    sample_rows: Int32Array | None = None  # [S] the row each sample reads; None: row s for sample s
+    copies: Seq[tuple[int, int]] = field(default=())  # (source, destination) blocks, copied before the step
 
     @property
     def num_tokens(self) -> int:
@@ -46,7 +50,15 @@ class StepPlan:
         return len(self.context_len)
 
 
-def build_plan(kind: StepKind, sequences: Seq[Sequence], block_size: int) -> StepPlan:
+def build_plan(
+    kind: StepKind,
+    sequences: Seq[Sequence],
+    block_size: int,
+    *,
+    samples: Seq[Sequence] | None = None,
+    sample_rows: Int32Array | None = None,
+    copies: Seq[tuple[int, int]] = (),
+) -> StepPlan:
     """Lay the uncomputed tokens of `sequences` out for one step; their blocks are already allocated."""
     rows = len(sequences)
     context_len = np.fromiter((seq.num_tokens for seq in sequences), np.int32, rows)
@@ -69,4 +81,16 @@ def build_plan(kind: StepKind, sequences: Seq[Sequence], block_size: int) -> Ste
         )
         row_of_token = np.repeat(np.arange(rows), context_len - computed)
     slots = block_table[row_of_token, positions // block_size] * block_size + positions % block_size
-    return StepPlan(kind, sequences, input_ids, positions, slots, query_start, context_len, block_table)
+    return StepPlan(
+        kind=kind,
+        sequences=sequences,
+        input_ids=input_ids,
+        positions=positions,
+        slot_mapping=slots,
+        query_start=query_start,
+        context_len=context_len,
+        block_table=block_table,
+        samples=sequences if samples is None else samples,
+        sample_rows=sample_rows,
+        copies=copies,
+    )

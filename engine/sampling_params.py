@@ -37,5 +37,9 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def edits_logits(self) -> bool:
+        return bool(self.needs_penalties or self.logit_bias or self.min_tokens)
+
+    @property
     def needs_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

@@ -1,4 +1,4 @@
-"""Decides what runs next: prefill or decode, which sequences, who gives way when blocks run out."""
+"""Decides what runs next: prefill or decode, which requests, who gives way when blocks run out."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from bisect import insort
 from collections.abc import Sequence as Seq
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.beam import BeamSearch, Candidate, History
 from engine.block_manager import BlockManager
 from engine.errors import EngineFailed, GenerationRefused, ServerError
+from engine.executor import Sampled
 from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan, build_plan
-from engine.sequence import SeqStatus, Sequence
+from engine.sequence import GroupStatus, Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
 
 log = logging.getLogger("llm.scheduler")
@@ -26,42 +27,54 @@ _LOW_BLOCKS = 0.05
 class Scheduler:
     """Continuous batching over a paged cache; one call of `schedule` and one of `commit` per step.
 
-    Both queues are kept in the order of `Sequence.rank`: `waiting` for a prefill, `running` for their next
-    decode. All times are monotonic seconds given by the caller.
+    Both queues are kept in the order of `SequenceGroup.rank`: `waiting` for a prefill, `running` for their
+    next decode. All times are monotonic seconds given by the caller.
     """
 
     def __init__(self, limits: ScheduleSettings, blocks: BlockManager, eos_token_ids: Seq[int]) -> None:
         self.limits = limits
         self.blocks = blocks
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.waiting: list[SequenceGroup] = []
+        self.running: list[SequenceGroup] = []
         self.num_preemptions = 0
-        self._by_id: dict[int, Sequence] = {}
+        self._by_id: dict[int, SequenceGroup] = {}
         self._eos = frozenset(eos_token_ids)
         self._refused: list[Outcome] = []
         self._step_started = 0.0
+        self._step_groups: list[SequenceGroup] = []
 
     # -- requests coming and going ------------------------------------------------------------------
 
-    def add(self, seq: Sequence) -> None:
-        """Take a sequence in. One that can never be served is refused by the next `take_refused`."""
+    def add(self, group: SequenceGroup) -> None:
+        """Take a request in. One that can never be served is refused by the next `take_refused`."""
+        num_prompt = group.sequences[0].num_prompt
         limit = min(self.limits.max_prefill_tokens, self.limits.max_seq_len - 1)
-        if seq.num_prompt > limit or not self.blocks.can_ever_hold(seq.num_prompt + 1):
-            self._refuse(seq, GenerationRefused)
+        widest = min(self.limits.max_prefill_batch_size, self.limits.max_batch_size)
+        fits = num_prompt <= limit and len(group.sequences) <= widest
+        if not fits or not self._can_ever_hold(group):
+            self._refuse(group, GenerationRefused)
             return
         # First come first served, and each step of priority counts like maxFirstTokenWaitTime of waiting: so
         # nobody starves, and as everybody ages alike the order never changes and needs no sorting again.
-        seq.rank = seq.arrival + seq.priority * self.limits.max_first_token_wait_ms / 1e3
-        self._by_id[seq.request_id] = seq
-        insort(self.waiting, seq, key=_rank)
+        group.rank = group.arrival + group.priority * self.limits.max_first_token_wait_ms / 1e3
+        if group.params.beam_search:
+            ends = group.stop_token_ids | (frozenset() if group.params.ignore_eos else self._eos)
+            room = self.limits.max_seq_len - num_prompt
+            group.beam_search = BeamSearch(len(group.sequences), min(group.params.max_tokens, room), ends)
+        self._by_id[group.request_id] = group
+        insort(self.waiting, group, key=_rank)
 
-    def abort(self, request_id: int) -> bool:
-        """End a sequence in any state without a record; False when it is not (or no longer) here."""
-        seq = self._by_id.get(request_id)
-        if seq is None:
+    def abort(self, request_id: int, branch: int | None = None) -> bool:
+        """End a request, or one of its branches, in any state without a record; False when it is not here."""
+        group = self._by_id.get(request_id)
+        if group is None:
             return False
-        (self.waiting if seq.status is SeqStatus.WAITING else self.running).remove(seq)
-        self._finish(seq)
+        for seq in group.live:
+            if branch is None or seq.branch == branch:
+                self._end(seq)
+        if not group.live:
+            (self.waiting if group.status is GroupStatus.WAITING else self.running).remove(group)
+            self._finish(group)
         return True
 
     @property
@@ -78,37 +91,97 @@ class Scheduler:
         """Choose the next step and allocate its blocks; None when nothing can or should run now."""
         self._step_started = now
         if self._prefill_due(now):
-            batch = [] if self._blocks_low() else self._prefill_batch()
-            if batch:
-                return build_plan(StepKind.PREFILL, batch, self.blocks.block_size)
+            groups = [] if self._blocks_low() else self._prefill_batch()
+            if groups:
+                return self._plan(StepKind.PREFILL, groups)
             self._protect_first_token(now)
-        batch = self._decode_batch()
-        if batch:
-            return build_plan(StepKind.DECODE, batch, self.blocks.block_size)
+        groups = self._decode_batch()
+        if groups:
+            return self._plan(StepKind.DECODE, groups)
         return None
 
-    def commit(self, plan: StepPlan, tokens: NDArray[np.int32], now: float) -> list[Outcome]:
-        """Apply the sampled tokens ([R], -1 = the row's logits were no numbers) and end what is done."""
-        outcomes = []
-        ended = False
-        for seq, token in zip(plan.sequences, tokens.tolist(), strict=True):
-            wait_us = int((self._step_started - seq.enqueued) * 1e6)
-            seq.enqueued = now
+    def commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Outcome]:
+        """Apply what was sampled for `plan.samples` and end what is done."""
+        outcomes: list[Outcome] = []
+        waits = {
+            group.request_id: int((self._step_started - group.enqueued) * 1e6) for group in self._step_groups
+        }
+        for seq in plan.sequences:
             seq.num_computed = seq.num_tokens
-            if token < 0:
-                self._finish(seq)
-                outcomes.append(Outcome(seq.request_id, -1, FinishCode.ERROR, EngineFailed, wait_us))
-                ended = True
-                continue
-            seq.append(token)
-            finish = self._finish_code(seq, token)
-            if finish is not FinishCode.NONE:
-                self._finish(seq)
-                ended = True
-            outcomes.append(Outcome(seq.request_id, token, finish, None, wait_us))
-        if ended:
-            self.running = [seq for seq in self.running if seq.status is SeqStatus.RUNNING]
+        beams: dict[int, list[int]] = {}  # request -> its samples
+        tokens = sampled.tokens.tolist()
+        for index, seq in enumerate(plan.samples):
+            group = self._by_id[seq.request_id]
+            if group.beam_search is not None and tokens[index] >= 0:
+                beams.setdefault(seq.request_id, []).append(index)
+            else:
+                outcomes.append(self._commit_sample(group, seq, sampled, index, waits[seq.request_id]))
+        for request_id, indices in beams.items():
+            outcomes += self._commit_beams(plan, sampled, indices, self._by_id[request_id], waits[request_id])
+        for group in self._step_groups:
+            group.enqueued = now
+        if plan.sample_rows is not None or any(o.finish is not FinishCode.NONE for o in outcomes):
+            self._sweep_ended()
         return outcomes
+
+    def _commit_sample(
+        self, group: SequenceGroup, seq: Sequence, sampled: Sampled, index: int, wait_us: int
+    ) -> Outcome:
+        token = int(sampled.tokens[index])
+        if token < 0:
+            seq.ended = True
+            return Outcome(seq.request_id, seq.branch, -1, FinishCode.ERROR, EngineFailed, wait_us)
+        if not seq.block_table:  # a branch that starts from the prompt of branch 0
+            self.blocks.share(group.sequences[0], seq)
+            seq.num_computed = group.sequences[0].num_computed
+        seq.append(token)
+        finish = self._finish_code(group, seq, token)
+        # not released yet: its blocks may be what the next branch starts from
+        seq.ended = finish is not FinishCode.NONE
+        logprob, top = _logprobs(sampled, index, group.params.logprobs)
+        return Outcome(seq.request_id, seq.branch, token, finish, None, wait_us, logprob, top)
+
+    def _commit_beams(
+        self, plan: StepPlan, sampled: Sampled, indices: list[int], group: SequenceGroup, wait_us: int
+    ) -> list[Outcome]:
+        """Advance a beam search; its rows come all at once, when it is done."""
+        search = group.beam_search
+        assert search is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+        if not plan.samples[indices[0]].num_output:
+            indices = indices[:1]  # all beams start from the one prompt
+        candidates = []
+        for index in indices:
+            seq = plan.samples[index]
+            ids, logprobs = sampled.top_ids[index].tolist(), sampled.top_logprobs[index].tolist()
+            ranked = list(zip(ids, logprobs, strict=True))
+            top = ranked[: max(0, group.params.logprobs)]
+            for token, logprob in ranked:
+                score = seq.cumulative_logprob + logprob
+                candidates.append(Candidate(score, seq, History(token, logprob, top)))
+        search.advance(group.sequences, candidates, self.blocks)
+        if not search.done:
+            return []
+        for seq in group.sequences:
+            seq.ended = True
+        return [
+            Outcome(
+                group.request_id,
+                branch,
+                step.token,
+                self._beam_finish(group, step.token) if step is answer.steps[-1] else FinishCode.NONE,
+                None,
+                wait_us,
+                step.logprob,
+                step.top,
+            )
+            for branch, answer in enumerate(search.answers)
+            for step in answer.steps
+        ]
+
+    def _beam_finish(self, group: SequenceGroup, token: int) -> FinishCode:
+        if token in self._eos and not group.params.ignore_eos:
+            return FinishCode.EOS
+        return FinishCode.STOP_TOKEN if token in group.stop_token_ids else FinishCode.LENGTH
 
     def seconds_until_due(self, now: float) -> float | None:
         """How long the caller may sleep before `schedule` could start a prefill; None without any waiting."""
@@ -118,12 +191,38 @@ class Scheduler:
 
     def check(self) -> None:
         """Prove the invariants that must hold between steps. Raises EngineBug."""
-        self.blocks.check(self.running)
-        for seq in self.running:
-            assert seq.status is SeqStatus.RUNNING and seq.num_computed == seq.num_tokens - 1, seq
-        for seq in self.waiting:
-            assert seq.status is SeqStatus.WAITING and not seq.block_table and seq.num_computed == 0, seq
+        self.blocks.check(seq for group in self.running for seq in group.live)
+        for group in self.running:
+            assert group.status is GroupStatus.RUNNING and group.live, group
+            assert all(seq.num_computed == seq.num_tokens - 1 for seq in group.live), group
+        for group in self.waiting:
+            assert group.status is GroupStatus.WAITING and group.live, group
+            assert not any(seq.block_table or seq.num_computed for seq in group.sequences), group
         assert len(self._by_id) == len(self.waiting) + len(self.running)
+
+    def _plan(self, kind: StepKind, groups: list[SequenceGroup]) -> StepPlan:
+        self._step_groups = groups
+        rows: list[Sequence] = []
+        samples: list[Sequence] = []
+        sample_rows: list[int] = []
+        for group in groups:
+            live = group.live
+            if group.has_output:
+                sample_rows.extend(range(len(rows), len(rows) + len(live)))
+                rows.extend(live)
+            else:  # all branches draw from the one prompt
+                sample_rows.extend([len(rows)] * len(live))
+                rows.append(group.sequences[0])
+            samples.extend(live)
+        same = len(samples) == len(rows) and samples == rows
+        return build_plan(
+            kind,
+            rows,
+            self.blocks.block_size,
+            samples=rows if same else samples,
+            sample_rows=None if same else np.array(sample_rows, np.int32),
+            copies=self.blocks.take_copies(),
+        )
 
     # -- prefill ------------------------------------------------------------------------------------
 
@@ -139,39 +238,74 @@ class Scheduler:
     def _blocks_low(self) -> bool:
         return bool(self.running) and self.blocks.num_free < _LOW_BLOCKS * self.blocks.num_blocks
 
-    def _prefill_batch(self) -> list[Sequence]:
-        """Move sequences from the head of `waiting` to `running` while budgets last; nobody overtakes."""
+    def _prefill_batch(self) -> list[SequenceGroup]:
+        """Move groups from the head of `waiting` to `running` while budgets last; nobody overtakes."""
         limits = self.limits
-        room = min(limits.max_prefill_batch_size, limits.max_batch_size - len(self.running))
-        batch: list[Sequence] = []
-        tokens = 0
-        for seq in self.waiting:
-            # alone, a sequence may exceed the budget: recomputed, it holds its output besides the prompt
-            over_budget = batch and tokens + seq.num_tokens > limits.max_prefill_tokens
-            if len(batch) >= room or over_budget:
+        room = min(limits.max_prefill_batch_size, limits.max_batch_size - self._num_running())
+        batch: list[SequenceGroup] = []
+        width = tokens = 0
+        for group in self.waiting:
+            width += len(group.live)
+            if width > room:
+                break
+            needed_blocks, needed_tokens = self._needs(group)
+            # alone, a request may exceed the budget: recomputed, it holds its output besides the prompt
+            if batch and tokens + needed_tokens > limits.max_prefill_tokens:
                 break
             # Resuming into the very last block means being preempted by the next decode step.
-            takes_all = self.blocks.missing(seq, seq.num_tokens) == self.blocks.num_free
-            if seq.num_output and takes_all and (self.running or batch):
+            takes_all = needed_blocks == self.blocks.num_free
+            if group.has_output and takes_all and (self.running or batch):
                 break
-            if not self.blocks.grow(seq, seq.num_tokens):
+            if needed_blocks > self.blocks.num_free:
                 break
-            tokens += seq.num_tokens
-            batch.append(seq)
+            self._allocate(group)
+            tokens += needed_tokens
+            batch.append(group)
         del self.waiting[: len(batch)]
-        for seq in batch:
-            seq.move(SeqStatus.RUNNING)
-            insort(self.running, seq, key=_rank)
+        for group in batch:
+            group.move(GroupStatus.RUNNING)
+            insort(self.running, group, key=_rank)
         return batch
 
+    def _num_running(self) -> int:
+        return sum(len(group.live) for group in self.running)
+
+    def _shared_prompt_blocks(self, group: SequenceGroup) -> int:
+        """Whole blocks of prompt that branches share when a group is computed again.
+
+        Not the last token of any branch: its logits are what the step is for.
+        """
+        return (group.sequences[0].num_prompt - 1) // self.blocks.block_size
+
+    def _needs(self, group: SequenceGroup) -> tuple[int, int]:
+        """Blocks and tokens of a waiting group's prefill."""
+        first, *others = group.live
+        blocks, tokens = self.blocks.blocks_for(first.num_tokens), first.num_tokens
+        if group.has_output:
+            shared = self._shared_prompt_blocks(group)
+            for seq in others:
+                blocks += self.blocks.blocks_for(seq.num_tokens) - shared
+                tokens += seq.num_tokens - shared * self.blocks.block_size
+        return blocks, tokens
+
+    def _allocate(self, group: SequenceGroup) -> None:
+        first, *others = group.live
+        self.blocks.grow(first if group.has_output else group.sequences[0])
+        if group.has_output:
+            shared = self._shared_prompt_blocks(group)
+            for seq in others:
+                self.blocks.share(first, seq, shared)
+                seq.num_computed = shared * self.blocks.block_size
+                self.blocks.grow(seq)
+
     def _protect_first_token(self, now: float) -> None:
-        """Free one running sequence's blocks for a newcomer that has waited too long for its first token."""
+        """Free one running group's blocks for a newcomer that has waited too long for its first token."""
         if not self.waiting or len(self.running) < 2:
             return
         head = self.waiting[0]
         waited_ms = (now - head.arrival) * 1e3
-        short = self.blocks.missing(head, head.num_tokens) > self.blocks.num_free
-        if head.num_output or not short or waited_ms <= self.limits.max_first_token_wait_ms:
+        short = self._needs(head)[0] > self.blocks.num_free
+        if head.has_output or not short or waited_ms <= self.limits.max_first_token_wait_ms:
             return
         victim = self.running.pop()
         log.warning(
@@ -184,53 +318,94 @@ class Scheduler:
 
     # -- decode -------------------------------------------------------------------------------------
 
-    def _decode_batch(self) -> list[Sequence]:
-        """The running sequences in their order, each with a slot for its newest token.
+    def _decode_batch(self) -> list[SequenceGroup]:
+        """The running groups in their order, each branch with a slot for its newest token.
 
-        When blocks run out the last running sequence gives way; the last resort is to give way oneself.
+        When blocks run out the last running group gives way; the last resort is to give way oneself.
         """
-        batch: list[Sequence] = []
-        while len(batch) < min(len(self.running), self.limits.max_batch_size):
-            seq = self.running[len(batch)]
-            if self.blocks.grow(seq, seq.num_tokens):
-                batch.append(seq)
-            else:
-                self._preempt(self.running.pop())
+        batch: list[SequenceGroup] = []
+        width = 0
+        while len(batch) < len(self.running):
+            group = self.running[len(batch)]
+            width += len(group.live)
+            if batch and width > self.limits.max_batch_size:
+                break
+            while not all(self.blocks.grow(seq) for seq in group.live):
+                victim = self.running.pop()
+                self._preempt(victim)
+                if victim is group:
+                    return batch
+            batch.append(group)
         return batch
 
-    def _preempt(self, seq: Sequence) -> None:
-        """Send a sequence (already out of `running`) back to be prefilled again with its output so far."""
-        self.blocks.release(seq)
-        seq.num_computed = 0
+    def _preempt(self, group: SequenceGroup) -> None:
+        """Send a group (already out of `running`) back to be prefilled again with its output so far."""
+        for seq in group.sequences:
+            self.blocks.release(seq)
+            seq.num_computed = 0
         self.num_preemptions += 1
-        if not self.blocks.can_ever_hold(seq.num_tokens + 1):
-            self._refuse(seq, GenerationRefused)
+        if not self._can_ever_hold(group):
+            self._refuse(group, GenerationRefused)
             return
-        seq.move(SeqStatus.WAITING)
-        insort(self.waiting, seq, key=_rank)
-        log.info("request %d preempted after %d tokens", seq.request_id, seq.num_output)
+        group.move(GroupStatus.WAITING)
+        insort(self.waiting, group, key=_rank)
+        log.info("request %d preempted", group.request_id)
 
     # -- endings ------------------------------------------------------------------------------------
 
-    def _finish_code(self, seq: Sequence, token: int) -> FinishCode:
-        params = seq.params
+    def _finish_code(self, group: SequenceGroup, seq: Sequence, token: int) -> FinishCode:
+        params = group.params
         if token in self._eos and not params.ignore_eos:
             return FinishCode.EOS
-        if token in seq.stop_token_ids:
+        if token in group.stop_token_ids:
             return FinishCode.STOP_TOKEN
         if seq.num_output >= params.max_tokens or seq.num_tokens >= self.limits.max_seq_len:
             return FinishCode.LENGTH
         return FinishCode.NONE
 
-    def _finish(self, seq: Sequence) -> None:
+    def _can_ever_hold(self, group: SequenceGroup) -> bool:
+        """Whether the group, alone in the cache, could take one more step."""
+        shared = self._shared_prompt_blocks(group)
+        alone = [self.blocks.blocks_for(seq.num_tokens + 1) for seq in group.live]
+        return alone[0] + sum(blocks - shared for blocks in alone[1:]) <= self.blocks.num_blocks
+
+    def _end(self, seq: Sequence) -> None:
+        seq.ended = True
         self.blocks.release(seq)
-        seq.move(SeqStatus.FINISHED)
-        self._by_id.pop(seq.request_id, None)
 
-    def _refuse(self, seq: Sequence, error: type[ServerError]) -> None:
-        self._finish(seq)
-        self._refused.append(Outcome(seq.request_id, -1, FinishCode.ERROR, error, 0))
+    def _sweep_ended(self) -> None:
+        """Free what ended sequences hold, and take groups without live ones out."""
+        for group in self._step_groups:
+            for seq in group.sequences:
+                if seq.ended and seq.block_table:
+                    self.blocks.release(seq)
+            if not group.live:
+                self._finish(group)
+        self.running = [group for group in self.running if group.status is GroupStatus.RUNNING]
+
+    def _finish(self, group: SequenceGroup) -> None:
+        for seq in group.sequences:
+            self._end(seq)
+        group.move(GroupStatus.FINISHED)
+        self._by_id.pop(group.request_id, None)
+
+    def _refuse(self, group: SequenceGroup, error: type[ServerError]) -> None:
+        branches = [seq.branch for seq in group.live]
+        self._finish(group)
+        for branch in branches:
+            self._refused.append(Outcome(group.request_id, branch, -1, FinishCode.ERROR, error, 0))
 
 
-def _rank(seq: Sequence) -> tuple[float, int]:
-    return seq.rank, seq.request_id
+def _rank(group: SequenceGroup) -> tuple[float, int]:
+    return group.rank, group.request_id
+
+
+def _logprobs(sampled: Sampled, index: int, wanted: int) -> tuple[float, Seq[tuple[int, float]]]:
+    """The chosen token's log-probability and the `wanted` most likely tokens; nothing when not asked for."""
+    if wanted < 0 or sampled.logprobs is None:
+        return 0.0, ()
+    logprob = float(sampled.logprobs[index])
+    if wanted == 0 or sampled.top_ids is None or sampled.top_logprobs is None:
+        return logprob, ()
+    ids, values = sampled.top_ids[index, :wanted].tolist(), sampled.top_logprobs[index, :wanted].tolist()
+    return logprob, list(zip(ids, values, strict=True))

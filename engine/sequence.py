@@ -1,8 +1,9 @@
-"""One sequence of tokens on its way through the engine, and the states it can be in."""
+"""One sequence of tokens, the group of sequences that answer one request, and the states of a group."""
 
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,47 +11,35 @@ from numpy.typing import NDArray
 from engine.errors import EngineBug
 from engine.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from engine.beam import BeamSearch
+
 TokenArray = NDArray[np.int32]
 
-
-class SeqStatus(Enum):
-    WAITING = "waiting"  # prompt (and, after preemption, its output so far) still to be prefilled
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
-_NEXT: dict[SeqStatus, set[SeqStatus]] = {
-    SeqStatus.WAITING: {SeqStatus.RUNNING, SeqStatus.FINISHED},
-    SeqStatus.RUNNING: {SeqStatus.WAITING, SeqStatus.FINISHED},  # -> WAITING is preemption
-    SeqStatus.FINISHED: set(),
-}
+_GOLDEN = 0x9E3779B97F4A7C15  # spreads neighbouring branches over all 64-bit seeds
+_MASK = 2**64 - 1
 
 
 class Sequence:
-    """Tokens, block table and status of one sequence.
+    """The tokens and the block table of one candidate answer.
 
     `tokens[:num_tokens]` is the prompt followed by the output so far. The first `num_computed` of them
     have keys and values in the cache; a running sequence always lacks exactly its newest token there.
     """
 
     __slots__ = (
-        "_status", "arrival", "block_table", "enqueued", "num_computed", "num_prompt", "num_tokens",
-        "params", "priority", "rank", "request_id", "stop_token_ids", "tokens",
+        "block_table", "branch", "cumulative_logprob", "ended", "num_computed", "num_prompt", "num_tokens",
+        "params", "request_id", "seed", "tokens",
     )  # fmt: skip
 
     def __init__(
-        self,
-        request_id: int,
-        prompt: TokenArray,
-        params: SamplingParams,
-        *,
-        priority: int = 5,
-        now: float = 0.0,
+        self, request_id: int, prompt: TokenArray, params: SamplingParams, *, branch: int = 0
     ) -> None:
-        """`prompt`: int32 [n], n >= 1. `priority`: 1 (first) .. 5. `now`: monotonic seconds."""
+        """`prompt`: int32 [n], n >= 1. `branch`: index among the sequences of the request."""
         self.request_id = request_id
         self.params = params
-        self.priority = priority
+        self.branch = branch
+        self.seed = (params.seed + branch * _GOLDEN) & _MASK  # each branch draws a stream of its own
         self.num_prompt = len(prompt)
         self.num_tokens = len(prompt)
         # one allocation for the whole life: appending never copies
@@ -58,20 +47,8 @@ class Sequence:
         self.tokens[: len(prompt)] = prompt
         self.num_computed = 0
         self.block_table: list[int] = []
-        self.arrival = now
-        self.enqueued = now  # when the sequence last began to wait for a step
-        self.rank = now  # place in the queues, smallest first; the scheduler sets it
-        self.stop_token_ids = frozenset(params.stop_token_ids)
-        self._status = SeqStatus.WAITING
-
-    @property
-    def status(self) -> SeqStatus:
-        return self._status
-
-    def move(self, to: SeqStatus) -> None:
-        if to not in _NEXT[self._status]:
-            raise EngineBug(f"sequence {self.request_id}: {self._status.name} -> {to.name}")
-        self._status = to
+        self.cumulative_logprob = 0.0  # of the output; kept for beams only
+        self.ended = False
 
     @property
     def num_output(self) -> int:
@@ -90,4 +67,71 @@ class Sequence:
         self.num_tokens += 1
 
     def __repr__(self) -> str:  # never the tokens: they are the user's text
-        return f"Sequence({self.request_id}, {self._status.name}, {self.num_prompt}+{self.num_output} tokens)"
+        return f"Sequence({self.request_id}.{self.branch}, {self.num_prompt}+{self.num_output} tokens)"
+
+
+class GroupStatus(Enum):
+    WAITING = "waiting"  # prompt (and, after preemption, its output so far) still to be prefilled
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+_NEXT: dict[GroupStatus, set[GroupStatus]] = {
+    GroupStatus.WAITING: {GroupStatus.RUNNING, GroupStatus.FINISHED},
+    GroupStatus.RUNNING: {GroupStatus.WAITING, GroupStatus.FINISHED},  # -> WAITING is preemption
+    GroupStatus.FINISHED: set(),
+}
+
+
+class SequenceGroup:
+    """All sequences of one request: scheduled, preempted and resumed together.
+
+    Until its first step only branch 0 is computed; the others then share its blocks.
+    """
+
+    __slots__ = (
+        "_status", "arrival", "beam_search", "enqueued", "params", "priority", "rank", "request_id",
+        "sequences", "stop_token_ids",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: TokenArray,
+        params: SamplingParams,
+        *,
+        priority: int = 5,
+        now: float = 0.0,
+    ) -> None:
+        """`prompt`: int32 [n], n >= 1. `priority`: 1 (first) .. 5. `now`: monotonic seconds."""
+        self.request_id = request_id
+        self.params = params
+        self.priority = priority
+        self.sequences = [Sequence(request_id, prompt, params, branch=i) for i in range(params.branches)]
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        self.beam_search: BeamSearch | None = None  # the scheduler sets it
+        self.arrival = now
+        self.enqueued = now  # when the group last began to wait for a step
+        self.rank = now  # place in the queues, smallest first; the scheduler sets it
+        self._status = GroupStatus.WAITING
+
+    @property
+    def status(self) -> GroupStatus:
+        return self._status
+
+    def move(self, to: GroupStatus) -> None:
+        if to not in _NEXT[self._status]:
+            raise EngineBug(f"request {self.request_id}: {self._status.name} -> {to.name}")
+        self._status = to
+
+    @property
+    def live(self) -> list[Sequence]:
+        return [seq for seq in self.sequences if not seq.ended]
+
+    @property
+    def has_output(self) -> bool:
+        """Whether it has run before; an ended branch has output too."""
+        return any(seq.num_output for seq in self.sequences)
+
+    def __repr__(self) -> str:
+        return f"SequenceGroup({self.request_id}, {self._status.name}, {len(self.live)} live)"

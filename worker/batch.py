@@ -1,8 +1,8 @@
-"""One step as the model sees it: the plan's arrays on the device, moved there once."""
+"""One step as the model sees it: cut where a row's arithmetic asks for it, and moved to the device once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -54,4 +54,43 @@ def make_batch(plan: StepPlan, device: torch.device) -> Batch:
         context_len=context_len,
         block_table=block_table,
         one_token_per_row=one_token_per_row,
+    )
+
+
+def split_plan(plan: StepPlan, wide_rows: int | None) -> list[StepPlan]:
+    """The plan in pieces of consecutive rows; in its piece a row meets the linear layers it would meet alone.
+
+    Layers that see `wide_rows` tokens or more compute in another arithmetic (None: there is only one). So a
+    piece holds either rows that are as long by themselves, or fewer than `wide_rows` tokens in all. It always
+    has fewer rows than that, for the vocabulary head sees one token of each. Pieces are for `make_batch`
+    alone: what is sampled and copied stays that of the whole plan.
+    """
+    if wide_rows is None or plan.num_tokens < wide_rows:
+        return [plan]
+    lengths = np.diff(plan.query_start).tolist()
+    pieces = []
+    first, tokens = 0, lengths[0]
+    for row in range(1, plan.num_rows):
+        is_long = lengths[row] >= wide_rows
+        same_kind = is_long == (lengths[first] >= wide_rows)
+        fits = row - first + 1 < wide_rows and (is_long or tokens + lengths[row] < wide_rows)
+        if not (same_kind and fits):
+            pieces.append(_rows_of(plan, first, row))
+            first, tokens = row, 0
+        tokens += lengths[row]
+    pieces.append(_rows_of(plan, first, plan.num_rows))
+    return pieces
+
+
+def _rows_of(plan: StepPlan, first: int, last: int) -> StepPlan:
+    start, end = plan.query_start[first], plan.query_start[last]
+    return replace(
+        plan,
+        sequences=plan.sequences[first:last],
+        input_ids=plan.input_ids[start:end],
+        positions=plan.positions[start:end],
+        slot_mapping=plan.slot_mapping[start:end],
+        query_start=plan.query_start[first : last + 1] - start,
+        context_len=plan.context_len[first:last],
+        block_table=plan.block_table[first:last],
     )

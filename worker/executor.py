@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from engine.executor import Sampled
 from engine.plan import StepPlan
+from worker.logprobs import with_logprobs
 from worker.runner import ModelRunner
 from worker.sampler import Sampler
 
@@ -27,11 +28,14 @@ class LeaderExecutor:
     sampler: Sampler
     times: RunTimes = field(default_factory=RunTimes)
 
-    def run(self, plan: StepPlan) -> NDArray[np.int32]:
+    def run(self, plan: StepPlan) -> Sampled:
         start = time.perf_counter()
         logits = self.runner.forward(plan)
         computed = time.perf_counter()
-        tokens = self.sampler.sample(logits, plan.sequences)
+        if plan.sample_rows is not None:
+            logits = logits[torch.from_numpy(plan.sample_rows)]
+        tokens = self.sampler.sample(logits, plan.samples)
+        sampled = with_logprobs(logits, plan.samples, tokens, len(self.runner.eos_token_ids))
         self.times.forward += computed - start
         self.times.sample += time.perf_counter() - computed
-        return tokens
+        return sampled

@@ -5,16 +5,17 @@ Both layouts in the wild are understood: flat `rope_theta` + `rope_scaling`, and
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
-from engine.errors import EXIT_INIT, StartupError
+from worker.config_values import MAX_INT, ConfigValues, shown
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn")
+
+_MIN_THETA = 2.0  # far below any in use; at 1 its logarithm, which YaRN divides by, is 0
+_MAX_LAYERS = 10_000  # tensors are listed by name before anything is loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,63 +55,70 @@ class DecoderConfig:
     mlp_bias: bool
     rope: RopeConfig
 
+    @property
+    def usable_positions(self) -> int:
+        """Longest text the model is made for.
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; StartupError names the file when it is missing or no JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StartupError(f"cannot read {path}: {error.strerror}", EXIT_INIT) from None
-    except ValueError as error:
-        raise StartupError(f"{path} is not valid JSON: {error}", EXIT_INIT) from None
-    if not isinstance(value, dict):
-        raise StartupError(f"{path} must hold a JSON object", EXIT_INIT)
-    return value
+        Some checkpoints give the length after the extension as max_position_embeddings, some the one before.
+        """
+        if self.rope.kind not in ("llama3", "yarn"):
+            return self.max_position_embeddings
+        extended = min(self.rope.original_max_positions * self.rope.factor, MAX_INT)
+        return max(self.max_position_embeddings, int(extended))
 
 
-def eos_token_ids(weight_path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+def eos_token_ids(weight_path: Path, config: ConfigValues) -> tuple[int, ...]:
     """Ids that end a text. generation_config.json wins: only there do fine-tuned models list turn markers."""
     generation_file = weight_path / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.exists() else {}
-    value = generation.get("eos_token_id")
-    if value is None:
-        value = config.get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    sources = [ConfigValues.read(generation_file)] if generation_file.exists() else []
+    for source in (*sources, config):
+        value = source.raw("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(item) is int and 0 <= item <= MAX_INT for item in ids):
+            raise source.wrong("eos_token_id", "a token id or a list of them")
+        return tuple(ids)
+    return ()
 
 
 def parse_decoder(
-    config: Mapping[str, Any], *, qkv_bias: bool, output_bias: bool, mlp_bias: bool
+    config: ConfigValues, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool
 ) -> DecoderConfig:
     """Check what this build can compute; every refusal names the key and the value found."""
-    if config.get("hidden_act", "silu") != "silu":
-        raise _refusal(f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise _refusal(f"quantization_config (quant_method {method!r}) is not supported")
-    hidden_size = _positive(config, "hidden_size")
-    num_heads = _positive(config, "num_attention_heads")
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
-    head_dim = config.get("head_dim") or hidden_size // num_heads
+    if config.text("hidden_act", "silu") != "silu":
+        raise config.wrong("hidden_act", '"silu"')
+    for key in ("quantize", "quantization_config"):
+        if config.raw(key):
+            raise config.refusal(
+                f"{key} {shown(config.raw(key))}: quantised weights are not supported by this build"
+            )
+    hidden_size = config.positive("hidden_size")
+    num_heads = config.positive("num_attention_heads")
+    num_kv_heads = config.optional_positive("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
-        raise _refusal(
-            f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
-        )
+        raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads {num_heads}")
+    head_dim = config.optional_positive("head_dim")
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise config.wrong(
+                "hidden_size", f"a multiple of num_attention_heads {num_heads}, as no head_dim is given"
+            )
+        head_dim = hidden_size // num_heads
     if head_dim % 2:
-        raise _refusal(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
-    max_positions = _positive(config, "max_position_embeddings")
+        raise config.refusal(f"head_dim {head_dim} is odd, but rotary embedding needs pairs")
+    max_positions = config.positive("max_position_embeddings")
     return DecoderConfig(
-        vocab_size=_positive(config, "vocab_size"),
+        vocab_size=config.positive("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_positive(config, "intermediate_size"),
-        num_layers=_positive(config, "num_hidden_layers"),
+        intermediate_size=config.positive("intermediate_size"),
+        num_layers=config.positive("num_hidden_layers", most=_MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=config.number("rms_norm_eps", 1e-6, least=0.0),
         max_position_embeddings=max_positions,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=config.flag("tie_word_embeddings"),
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         mlp_bias=mlp_bias,
@@ -118,46 +126,51 @@ def parse_decoder(
     )
 
 
-def parse_rope(config: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def parse_rope(config: ConfigValues, max_positions: int) -> RopeConfig:
+    rope = config.section("rope_parameters")
+    if not rope.names():
+        rope = config.section("rope_scaling")
+    for key in rope.names():
+        if isinstance(rope.raw(key), dict):
+            raise rope.wrong(key, "a plain value: rotary embeddings that differ by layer are not supported")
+    kind_key = "rope_type" if rope.raw("rope_type") is not None else "type"
+    kind = rope.text(kind_key, "default")
     if kind not in ROPE_KINDS:
-        raise _refusal(f"rope type {kind!r} is not supported, only {', '.join(ROPE_KINDS)}")
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise _refusal("partial_rotary_factor other than 1.0 is not supported")
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        raise rope.wrong(kind_key, f"one of {', '.join(ROPE_KINDS)}")
+    for source in (rope, config):
+        if source.optional_number("partial_rotary_factor", least=0.0) not in (None, 1.0):
+            raise source.wrong("partial_rotary_factor", "1.0; no other value is supported")
+    theta = 10000.0
+    for source in (config, rope):
+        theta = source.optional_number("rope_theta", least=_MIN_THETA) or theta
     if kind == "default":
-        return RopeConfig(kind, theta)
+        return RopeConfig("default", theta)
     # outside the rope object it is the pre-training length as well, and then it has the last word
-    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    original = int(original or max_positions)
-    factor = rope.get("factor")
+    key = "original_max_position_embeddings"
+    source = rope if config.raw(key) is None else config
+    original = source.optional_positive(key) or max_positions
+    factor = rope.optional_number("factor", least=1.0)
     if factor is None:
         if kind != "yarn":
-            raise _refusal(f"rope type {kind!r} needs a factor")
+            raise rope.wrong("factor", f"given for rope type {kind!r}, a number >= 1")
+        if original > max_positions:
+            raise source.wrong(key, f"at most max_position_embeddings {max_positions}, as no factor is given")
         factor = max_positions / original
+    low = rope.optional_number("low_freq_factor", least=0.0) or 1.0
+    high = rope.optional_number("high_freq_factor", least=0.0) or 4.0
+    if low >= high:
+        raise rope.wrong("low_freq_factor", f"below high_freq_factor {high:g}")
     return RopeConfig(
-        kind,
+        cast(RopeKind, kind),
         theta,
-        factor=float(factor),
+        factor=factor,
         original_max_positions=original,
-        low_freq_factor=float(rope.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(rope.get("high_freq_factor") or 4.0),
-        beta_fast=float(rope.get("beta_fast") or 32.0),
-        beta_slow=float(rope.get("beta_slow") or 1.0),
-        attention_factor=rope.get("attention_factor"),
-        mscale=float(rope.get("mscale") or 0.0),
-        mscale_all_dim=float(rope.get("mscale_all_dim") or 0.0),
-        truncate=bool(rope.get("truncate", True)),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        beta_fast=rope.optional_number("beta_fast", least=0.0) or 32.0,
+        beta_slow=rope.optional_number("beta_slow", least=0.0) or 1.0,
+        attention_factor=rope.optional_number("attention_factor", least=0.0),
+        mscale=rope.optional_number("mscale", least=0.0) or 0.0,
+        mscale_all_dim=rope.optional_number("mscale_all_dim", least=0.0) or 0.0,
+        truncate=rope.flag("truncate", True),
     )
-
-
-def _positive(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value <= 0:
-        raise _refusal(f"{key} must be a positive integer, found {value!r}")
-    return value
-
-
-def _refusal(reason: str) -> StartupError:
-    return StartupError(f"model config.json: {reason}", EXIT_INIT)

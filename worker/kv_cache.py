@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from engine.errors import EXIT_INIT, StartupError
 from engine.settings import ModelSettings, ScheduleSettings
+from worker.hf_config import DecoderConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class KvSpec:
 class KvCache:
     """Per layer one tensor of keys and one of values, each [num_blocks, block_size, num_kv_heads, head_dim].
 
-    Zeroed, because padded reads touch slots nobody has written, and a NaN there survives any mask.
+    Zeroed, so that its pages are taken now and not in the middle of a request.
     """
 
     def __init__(self, spec: KvSpec, num_blocks: int, device: torch.device) -> None:
@@ -44,6 +46,13 @@ class KvCache:
             for _ in range(spec.num_layers)
         ]
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source, destination) each; all sources are read before anything is written."""
+        sources, destinations = (list(blocks) for blocks in zip(*copies, strict=True))
+        for layer in self.layers:
+            for tensor in layer:
+                tensor[destinations] = tensor[sources]
+
 
 def count_blocks(
     spec: KvSpec,
@@ -55,7 +64,9 @@ def count_blocks(
 ) -> int:
     """Blocks of one worker: kvCacheBlockNum, else kvCacheMemMiB, else npuMemSize, else automatic.
 
-    Raises StartupError when they do not fit in memory, or cannot hold one sequence of maxSeqLen.
+    `available_bytes`: what this worker's cache may take, with the other workers and the step's own tensors
+    already thought of. `automatic_bytes`: what it should take when nobody said how much.
+    Raises StartupError when the blocks do not fit, or cannot hold one sequence of maxSeqLen.
     """
     per_sequence = -(-schedule.max_seq_len // spec.block_size)
     if model.kv_block_num > 0:
@@ -66,7 +77,8 @@ def count_blocks(
         key, blocks = "npuMemSize", model.kv_cache_gib * 2**30 // spec.block_bytes
     else:
         key = "npuMemSize"
-        blocks = min(automatic_bytes // spec.block_bytes, schedule.max_batch_size * per_sequence)
+        affordable = max(0, min(automatic_bytes, available_bytes)) // spec.block_bytes
+        blocks = min(affordable, schedule.max_batch_size * per_sequence)
     if blocks < per_sequence:
         raise StartupError(
             f"KV cache: one sequence of maxSeqLen {schedule.max_seq_len} needs {per_sequence} blocks"
@@ -76,11 +88,26 @@ def count_blocks(
         )
     if blocks * spec.block_bytes > available_bytes:
         raise StartupError(
-            f"KV cache: {blocks} blocks take {_mib(blocks * spec.block_bytes)},"
-            f" but {_mib(available_bytes)} of memory are available; lower {key}",
+            f"KV cache: {blocks} blocks take {_mib(blocks * spec.block_bytes)} in each worker, but its share"
+            f" of the memory leaves {_mib(max(0, available_bytes))} beside weights and the tensors of a"
+            f" prefill; lower {key} or maxPrefillTokens",
             EXIT_INIT,
         )
     return blocks
+
+
+def activation_bytes(config: DecoderConfig, schedule: ScheduleSettings) -> int:
+    """Bytes the largest step holds besides weights and cache, estimated from what a decoder layer makes.
+
+    Counted in float32 whatever the dtype: long prefills may be widened, and sampling copies logits.
+    """
+    prompts = min(schedule.max_prefill_tokens, schedule.max_prefill_batch_size * schedule.max_seq_len)
+    tokens = max(prompts, schedule.max_seq_len)  # a sequence recomputed alone may exceed the budget
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    # residual, norm, result; beside them queries, keys, values and what rotates them, or gate, up and product
+    per_token = 3 * config.hidden_size + max(4 * heads, 3 * config.intermediate_size)
+    logits = 2 * max(schedule.max_batch_size, schedule.max_prefill_batch_size) * config.vocab_size
+    return 4 * (tokens * per_token + logits)
 
 
 def _mib(size: int) -> str:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import EXIT_INIT, StartupError
-from worker.hf_config import read_json
+from worker.config_values import ConfigValues
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -98,7 +98,8 @@ class Checkpoint:
 def _locate(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
     if (folder / _INDEX).exists():
-        weight_map = read_json(folder / _INDEX).get("weight_map", {})
+        files = ConfigValues.read(folder / _INDEX).section("weight_map")
+        weight_map = {name: files.text(name, "") for name in files.names()}
         absent = sorted({file for file in weight_map.values() if not (folder / file).exists()})
         if absent:
             raise StartupError(f"{folder / _INDEX} names missing files: {', '.join(absent)}", EXIT_INIT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from typing import NoReturn
 
 import zmq
 
@@ -25,7 +26,7 @@ log = logging.getLogger("llm.worker")
 _CONNECT_S = 30.0  # the endpoint binds long before a model is loaded
 
 
-def run_worker(given: WorkerContext) -> int:
+def run_worker(given: WorkerContext) -> NoReturn:
     """Serve one model instance; SIGTERM ends the process by default action, nothing needs tidying."""
     context, control = given.control.context, given.control.channel
     wire = given.wire
@@ -40,12 +41,11 @@ def run_worker(given: WorkerContext) -> int:
     runner.allocate(num_blocks)
     runner.warm_up()
 
-    # beyond its trained positions a model's text is noise; the validator has warned about it
-    max_seq_len = min(given.schedule.max_seq_len, runner.max_position_embeddings)
+    max_seq_len = runner.max_seq_len
     schedule = replace(given.schedule, max_seq_len=max_seq_len)
     core = EngineCore(
         Scheduler(schedule, BlockManager(num_blocks, schedule.block_size), runner.eos_token_ids),
-        LeaderExecutor(runner, Sampler(runner.vocab_size)),
+        LeaderExecutor(runner, Sampler(runner.vocab_size, runner.eos_token_ids)),
         EngineLinks(
             instance=wire.instance,
             commands=Channel(context, zmq.PULL, wire.command_address, bind=True),
@@ -63,7 +63,8 @@ def run_worker(given: WorkerContext) -> int:
             max_prompt_tokens=min(schedule.max_input_len, max_seq_len - 1),
             max_seq_len=max_seq_len,
             num_blocks=num_blocks,
-            block_size=schedule.block_size,
+            device=runner.device_name,
+            dtype=str(runner.dtype).removeprefix("torch."),
         )
     )
     control.send(
@@ -75,4 +76,3 @@ def run_worker(given: WorkerContext) -> int:
         )
     )
     core.run()
-    return 0

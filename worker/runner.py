@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from engine.sequence import Sequence
 from engine.settings import ModelSettings, ScheduleSettings
 from worker.attention.base import AttentionSpec
 from worker.attention.registry import make_attention
-from worker.batch import make_batch
-from worker.hf_config import eos_token_ids, read_json
-from worker.kv_cache import KvCache, KvSpec, count_blocks
+from worker.batch import make_batch, split_plan
+from worker.config_values import ConfigValues
+from worker.hf_config import eos_token_ids
+from worker.kv_cache import KvCache, KvSpec, activation_bytes, count_blocks
 from worker.loader import Checkpoint
 from worker.models.registry import model_class
 from worker.platforms.registry import select_platform
@@ -49,10 +51,13 @@ class ModelRunner:
         self._platform.set_up(device_id, num_workers, settings.cpu_threads)
 
     def load(self) -> None:
-        """Read configuration and weights; StartupError says in one line what is wrong with them."""
+        """Read configuration and weights; StartupError says in one line what is wrong with them.
+
+        From here on `max_seq_len` is the length in force: maxSeqLen, or less where the model ends earlier.
+        """
         folder = self._settings.weight_path
-        raw = read_json(folder / "config.json")
-        cls = model_class(raw.get("architectures"))
+        raw = ConfigValues.read(folder / "config.json")
+        cls = model_class(raw)
         config = cls.parse_config(raw)
         checkpoint = Checkpoint(folder)
         shapes = cls.tensor_shapes(config)
@@ -61,6 +66,13 @@ class ModelRunner:
 
         self.vocab_size = config.vocab_size
         self.max_position_embeddings = config.max_position_embeddings
+        # beyond the positions it was made for a model's text is noise; the validator has warned about it
+        self.max_seq_len = min(self._schedule.max_seq_len, config.usable_positions)
+        self._schedule = replace(
+            self._schedule,
+            max_seq_len=self.max_seq_len,
+            max_input_len=min(self._schedule.max_input_len, self.max_seq_len - 1),
+        )
         self.eos_token_ids = eos_token_ids(folder, raw)
         self.dtype = dtype
         self.weight_bytes = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
@@ -68,6 +80,8 @@ class ModelRunner:
             config.num_layers, self._schedule.block_size, config.num_kv_heads, config.head_dim, dtype
         )
         self.block_bytes = self._kv_spec.block_bytes
+        self._activation_bytes = activation_bytes(config, self._schedule)
+        self._check_memory()
         self._attention = make_attention(
             self._platform.attention_backend,
             AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype),
@@ -77,19 +91,37 @@ class ModelRunner:
             checkpoint,
             self._platform,
             dtype,
-            self._schedule.max_seq_len,
+            self.max_seq_len,
             lambda fraction: self._progress("weights", fraction),
         )
         log.info("%s, %s, weights %d MiB", self._platform.describe(), dtype, self.weight_bytes >> 20)
 
+    def _check_memory(self) -> None:
+        """Refuse a cache that cannot fit before minutes are spent on weights.
+
+        All workers start together and none holds anything yet, so each may count on an equal share.
+        """
+        share = self._platform.memory().available // self._num_workers
+        self._count_blocks(available_bytes=share - self.weight_bytes - self._activation_bytes)
+
+    @property
+    def device_name(self) -> str:
+        return self._platform.name
+
     def size_kv_cache(self) -> int:
-        """Blocks this worker can hold; StartupError when that is less than one sequence of maxSeqLen."""
+        """Blocks this worker can hold; StartupError when that is less than one sequence of maxSeqLen.
+
+        No share of the memory any more: the other workers hold theirs by now, and `load` counted all of them.
+        """
+        return self._count_blocks(available_bytes=self._platform.memory().available - self._activation_bytes)
+
+    def _count_blocks(self, available_bytes: int) -> int:
         return count_blocks(
             self._kv_spec,
             self._settings,
             self._schedule,
             automatic_bytes=self._platform.kv_budget(self._num_workers),
-            available_bytes=self._platform.memory().available,
+            available_bytes=available_bytes,
         )
 
     def allocate(self, num_blocks: int) -> None:
@@ -106,16 +138,26 @@ class ModelRunner:
             1, min(_WARM_UP_TOKENS, self._schedule.max_prefill_tokens, self._schedule.max_input_len, room)
         )
         rows = [n for n in _WARM_UP_ROWS if n <= min(self._schedule.max_batch_size, self._num_blocks)]
-        self.forward(build_plan(StepKind.PREFILL, [self._dummy(longest, 0, 0)], self._schedule.block_size))
+        self.forward(build_plan(StepKind.PREFILL, [self._dummy(longest, 0)], self._schedule.block_size))
         for step, batch_size in enumerate(rows):
             self._progress("warm-up", (step + 1) / (len(rows) + 1))
-            sequences = [self._dummy(1, 1, first_block=row) for row in range(batch_size)]
+            sequences = [self._dummy(1, first_block=row) for row in range(batch_size)]
             self.forward(build_plan(StepKind.DECODE, sequences, self._schedule.block_size))
         self._progress("warm-up", 1.0)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Tensor:
-        """Logits of each row's last query token, [R, vocab] in the model's dtype, in the plan's order."""
+        """Logits of each row's last query token, [R, vocab] in the model's dtype, in the plan's order.
+
+        Which kernels a row meets depends on its own length alone. Their order of summation may still follow
+        the number of tokens in the step: logits equal those of the row alone to rounding, not to the bit.
+        """
+        if plan.copies:
+            self._cache.copy_blocks(plan.copies)
+        pieces = [self._forward(piece) for piece in split_plan(plan, self._platform.wide_rows)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _forward(self, plan: StepPlan) -> Tensor:
         batch = make_batch(plan, self._platform.device)
         self._attention.begin_step(batch, self._schedule.block_size)
         hidden = self._model.forward(batch, self._attention, self._cache)
@@ -123,12 +165,12 @@ class ModelRunner:
             hidden = hidden.index_select(0, batch.last_tokens)
         return self._model.logits(hidden)
 
-    def _dummy(self, num_prompt: int, num_output: int, first_block: int) -> Sequence:
-        """A sequence of token 0 whose last token, or whole prompt, is still to be computed."""
-        sequence = Sequence(0, np.zeros(num_prompt, np.int32), SamplingParams(max_tokens=1))
-        for _ in range(num_output):
-            sequence.append(0)
-            sequence.num_computed = sequence.num_tokens - 1
-        blocks = -(-sequence.num_tokens // self._schedule.block_size)
+    def _dummy(self, num_tokens: int, first_block: int) -> Sequence:
+        """A sequence of token 0 of which nothing is computed, in blocks from `first_block` on.
+
+        With one token it is what a decode step sees, and fits the smallest block.
+        """
+        sequence = Sequence(0, np.zeros(num_tokens, np.int32), SamplingParams(max_tokens=1))
+        blocks = -(-num_tokens // self._schedule.block_size)
         sequence.block_table = list(range(first_block, first_block + blocks))
         return sequence

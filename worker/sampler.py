@@ -1,8 +1,8 @@
 """Tokens out of logits: one maximum over the whole batch, and a row of its own only for who asked for more.
 
 The sampled rows run in numpy, whose vectorised sort and partition of 152k floats took 0.4 and 0.1 ms against
-30 and 0.3 ms for torch's sort and topk. Every row is computed by itself, so a request's tokens never depend
-on its batch mates.
+30 and 0.3 ms for torch's sort and topk. Every row is computed by itself: from the same logits it draws the
+same token whoever its batch mates are. How far the logits themselves are the same is the runner's business.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _PROBABLE = 1024  # tokens looked at first for top_p: nearly always enough, a te
 
 
 class Sampler:
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, eos_token_ids: Seq[int] = ()) -> None:
         self._vocab_size = vocab_size
+        self._eos = list(eos_token_ids)
         self._scratch: Floats = np.empty((0, vocab_size), np.float32)
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> NDArray[np.int32]:
@@ -41,16 +42,18 @@ class Sampler:
         rows = [
             row
             for row, sequence in enumerate(sequences)
-            if valid[row] and (sequence.params.needs_penalties or not sequence.params.greedy)
+            if valid[row] and (sequence.params.edits_logits or not sequence.params.greedy)
         ]
         if rows:
             own = [sequences[row] for row in rows]
             uniforms = uniform(
-                np.array([sequence.params.seed for sequence in own], np.uint64),
+                np.array([sequence.seed for sequence in own], np.uint64),
                 np.array([sequence.num_output for sequence in own], np.uint64),
             )
             copies = self._copy(logits, rows)
-            tokens[rows] = [_sample_row(*row) for row in zip(copies, own, uniforms.tolist(), strict=True)]
+            tokens[rows] = [
+                self._sample_row(*row) for row in zip(copies, own, uniforms.tolist(), strict=True)
+            ]
         return tokens
 
     def _copy(self, logits: Tensor, rows: list[int]) -> Floats:
@@ -60,6 +63,17 @@ class Sampler:
         scratch = self._scratch[: len(rows)]
         torch.from_numpy(scratch).copy_(logits[rows])
         return scratch
+
+    def _sample_row(self, logits: Floats, sequence: Sequence, u: float) -> int:
+        """logits: [vocab], may be changed; u: in [0, 1)."""
+        params = sequence.params
+        for token, bias in params.logit_bias:
+            logits[token] += bias
+        if params.needs_penalties:
+            penalize(logits, sequence)
+        if sequence.num_output < params.min_tokens:
+            logits[[*self._eos, *params.stop_token_ids]] = -np.inf
+        return int(logits.argmax()) if params.greedy else draw(logits, params, u)
 
 
 def uniform(seed: NDArray[np.uint64], position: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -80,29 +94,36 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x
 
 
-def _sample_row(logits: Floats, sequence: Sequence, u: float) -> int:
-    """logits: [vocab], may be changed; u: in [0, 1)."""
-    params = sequence.params
-    if params.needs_penalties:
-        penalize(logits, sequence)
-        if not np.isfinite(logits.max()):  # an extreme penalty overflows
-            return NO_TOKEN
-    return int(logits.argmax()) if params.greedy else draw(logits, params, u)
-
-
 def penalize(logits: Floats, sequence: Sequence) -> None:
-    """Apply repetition, then frequency and presence penalty to one row, in place."""
+    """Apply repetition, then frequency and presence penalty to one row, in place.
+
+    Finite logits stay finite however extreme the penalty, and -Inf stays -Inf.
+    """
     params = sequence.params
-    if params.repetition_penalty != 1.0:
-        seen = sequence.tokens[: sequence.num_tokens]
-        values = logits[seen]  # a repeated token is computed twice from the same value and written twice
-        with np.errstate(over="ignore"):
-            logits[seen] = np.where(
-                values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+    with np.errstate(over="ignore"):
+        if params.repetition_penalty != 1.0:
+            seen = sequence.tokens[: sequence.num_tokens]
+            seen = seen[logits[seen] > -np.inf]
+            values = _wide(logits[seen])  # a repeated token is computed and written twice, alike
+            logits[seen] = _clipped(
+                np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
             )
-    if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-        tokens, counts = np.unique(sequence.output_ids, return_counts=True)
-        logits[tokens] -= params.frequency_penalty * counts + params.presence_penalty
+        if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+            tokens, counts = np.unique(sequence.output_ids, return_counts=True)
+            finite = logits[tokens] > -np.inf
+            tokens, counts = tokens[finite], counts[finite]
+            # one after the other: two huge penalties of opposite sign would add up to NaN
+            values = _clipped(_wide(logits[tokens]) - params.frequency_penalty * counts)
+            logits[tokens] = _clipped(values - params.presence_penalty)
+
+
+def _wide(values: Floats) -> NDArray[np.float64]:
+    """float32 takes 1e-50 for 0 and 1e39 for Inf, and both are legal penalties."""
+    return values.astype(np.float64)
+
+
+def _clipped(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.clip(values, _LIMITS.min, _LIMITS.max)
 
 
 def draw(logits: Floats, params: SamplingParams, u: float) -> int:
@@ -115,8 +136,8 @@ def draw(logits: Floats, params: SamplingParams, u: float) -> int:
 
     def weights(values: Floats) -> Floats:
         """Probabilities but for a factor; the largest is 1, so nothing overflows at any temperature."""
-        result: Floats = values - best
         with np.errstate(over="ignore"):
+            result: Floats = values - best
             result /= temperature
         np.exp(result, out=result)
         return result
@@ -124,7 +145,7 @@ def draw(logits: Floats, params: SamplingParams, u: float) -> int:
     size = len(logits)
     top_k = min(params.top_k, size) or size
     if top_k == size and params.top_p >= 1.0:
-        return _pick(weights(logits), u)
+        return _pick(_at_least(weights(logits), params.min_p), u)
 
     if top_k < size:
         top = _largest(logits, top_k)
@@ -147,10 +168,17 @@ def draw(logits: Floats, params: SamplingParams, u: float) -> int:
     if surplus > 0:
         ties = np.flatnonzero(logits[candidates] == threshold)
         candidates = np.delete(candidates, ties[-surplus:])
-    return int(candidates[_pick(weights(logits[candidates]), u)])
+    return int(candidates[_pick(_at_least(weights(logits[candidates]), params.min_p), u)])
 
 
 _LIMITS = np.finfo(np.float32)
+
+
+def _at_least(weights: Floats, min_p: float) -> Floats:
+    """Without the tokens less likely than min_p times the best, whose weight is 1."""
+    if min_p:
+        weights[weights < min_p] = 0.0
+    return weights
 
 
 def _pick(weights: Floats, u: float) -> int:

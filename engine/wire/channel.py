@@ -102,7 +102,7 @@ class ControlHub:
         return int(self._socket.getsockopt(zmq.FD))
 
     def send(self, identity: str, message: Message) -> None:
-        """To a child that has spoken before; a message to an unknown or dead child is dropped."""
+        """A message to a child that is not connected is dropped."""
         self._socket.send_multipart([identity.encode(), encode(message)], zmq.DONTWAIT)
 
     def receive(self) -> Iterator[tuple[str, Message]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import zmq
 
+from engine.errors import EXIT_INIT, StartupError
 from engine.wire.channel import Channel
 from engine.wire.ring import Ring
 
@@ -33,7 +34,8 @@ class Control:
         self.identity = identity
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.channel = Channel(self.context, zmq.DEALER, address, identity=identity)
-        self.channel.wait_connected(_CONNECT_S)
+        if not self.channel.wait_connected(_CONNECT_S):
+            raise StartupError("the parent process does not answer on its control channel", EXIT_INIT)
 
     def close(self) -> None:
         """Close every socket of this process, once its last messages are out or a second has passed."""

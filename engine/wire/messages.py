@@ -22,9 +22,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """endpoint -> leader. No further rows are wanted for this request; unknown ids are fine."""
+    """endpoint -> leader. No further rows are wanted; unknown ids are fine."""
 
     request_id: int
+    branch: int  # -1: the whole request
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class EngineReady:
     max_prompt_tokens: int
     max_seq_len: int
     num_blocks: int
-    block_size: int
+    device: str  # "cpu", "cuda" or "npu"
+    dtype: str  # "bfloat16", ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Shared-memory rings: one writer, one reader, fixed slots, eventfds as the only synchronisation.
 
-The parent creates a ring before it forks, so memory and eventfds are inherited and a replacement child can
-be handed the same ones. The file in /dev/shm is unlinked as soon as it is mapped: whatever dies, and
-however, nothing is left behind. `filled` and `free` count slots; both are read with one system call that
-takes all there is, and a system call orders memory on every processor (aarch64 does not order plain stores).
+The parent creates a ring before it forks, so memory and eventfds are inherited. The file in /dev/shm is
+unlinked as soon as it is mapped: whatever dies, and however, nothing is left behind. `filled` and `free`
+count slots; both are read with one system call that takes all there is, and a system call orders memory on
+every processor (aarch64 does not order plain stores).
 """
 
 from __future__ import annotations
@@ -77,10 +77,6 @@ class RingWriter:
         self._ring = ring
         self._next = 0
         self._free = 0  # slots known to be free
-
-    @property
-    def slot_bytes(self) -> int:
-        return self._ring.slot_bytes
 
     def reserve(self) -> memoryview | None:
         """The next slot to fill, or None when the reader has not freed one yet."""

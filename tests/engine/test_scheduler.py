@@ -10,11 +10,12 @@ import pytest
 
 from engine.block_manager import BlockManager
 from engine.errors import EngineBug, GenerationRefused
+from engine.executor import Sampled
 from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
-from engine.sequence import SeqStatus, Sequence
+from engine.sequence import GroupStatus, Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
 
 EOS = 7
@@ -38,22 +39,24 @@ def make_scheduler(num_blocks: int = 64, **limits: int) -> Scheduler:
     return Scheduler(settings, BlockManager(num_blocks, settings.block_size), [EOS])
 
 
-def make_seq(request_id: int, prompt: int, max_tokens: int = 8, now: float = 0.0) -> Sequence:
-    return Sequence(
-        request_id, np.arange(100, 100 + prompt, dtype=np.int32), SamplingParams(max_tokens), now=now
-    )
+def make_group(
+    request_id: int, prompt: int, max_tokens: int = 8, now: float = 0.0, branches: int = 1
+) -> SequenceGroup:
+    params = SamplingParams(max_tokens, branches=branches)
+    ids = np.arange(100, 100 + prompt, dtype=np.int32)
+    return SequenceGroup(request_id, ids, params, now=now)
 
 
 def run_step(scheduler: Scheduler, now: float, token: int = 1) -> tuple[StepPlan | None, list[Outcome]]:
     plan = scheduler.schedule(now)
     if plan is None:
         return None, []
-    return plan, scheduler.commit(plan, np.full(plan.num_rows, token, np.int32), now)
+    return plan, scheduler.commit(plan, Sampled(np.full(len(plan.samples), token, np.int32)), now)
 
 
 def test_prefill_waits_for_the_queue_delay_then_decode_follows() -> None:
     scheduler = make_scheduler()
-    scheduler.add(make_seq(1, prompt=5))
+    scheduler.add(make_group(1, prompt=5))
     assert scheduler.schedule(0.004) is None
     assert scheduler.seconds_until_due(0.004) == pytest.approx(0.001)
     plan, outcomes = run_step(scheduler, 0.005)
@@ -69,8 +72,8 @@ def test_prefill_waits_for_the_queue_delay_then_decode_follows() -> None:
 
 def test_a_full_batch_starts_at_once_when_the_engine_is_idle() -> None:
     scheduler = make_scheduler(max_prefill_batch_size=2)
-    scheduler.add(make_seq(1, 3))
-    scheduler.add(make_seq(2, 3))
+    scheduler.add(make_group(1, 3))
+    scheduler.add(make_group(2, 3))
     plan, _ = run_step(scheduler, 0.0)
     assert plan is not None and plan.num_rows == 2
 
@@ -78,9 +81,9 @@ def test_a_full_batch_starts_at_once_when_the_engine_is_idle() -> None:
 def test_beside_running_decodes_a_full_batch_starts_early_only_for_long_delays() -> None:
     for delay_us, kind in ((5000, StepKind.DECODE), (6000, StepKind.PREFILL)):
         scheduler = make_scheduler(max_prefill_batch_size=1, max_queue_delay_us=delay_us)
-        scheduler.add(make_seq(1, 3))
+        scheduler.add(make_group(1, 3))
         run_step(scheduler, 0.0)
-        scheduler.add(make_seq(2, 3, now=1.0))
+        scheduler.add(make_group(2, 3, now=1.0))
         plan, _ = run_step(scheduler, 1.0)
         assert plan is not None and plan.kind is kind
 
@@ -88,7 +91,7 @@ def test_beside_running_decodes_a_full_batch_starts_early_only_for_long_delays()
 def test_prefill_batch_respects_sequence_and_token_budgets_without_overtaking() -> None:
     scheduler = make_scheduler(max_prefill_tokens=48)
     for request_id, prompt in ((1, 30), (2, 20), (3, 5)):
-        scheduler.add(make_seq(request_id, prompt))
+        scheduler.add(make_group(request_id, prompt))
     plan, _ = run_step(scheduler, 1.0)
     assert plan is not None and [seq.request_id for seq in plan.sequences] == [1]
     plan, _ = run_step(scheduler, 1.0)
@@ -98,7 +101,7 @@ def test_prefill_batch_respects_sequence_and_token_budgets_without_overtaking() 
 def test_running_never_exceeds_the_batch_size() -> None:
     scheduler = make_scheduler(max_batch_size=3, max_prefill_batch_size=2)
     for request_id in range(6):
-        scheduler.add(make_seq(request_id, 2))
+        scheduler.add(make_group(request_id, 2))
     for _ in range(4):
         run_step(scheduler, 1.0)
         assert len(scheduler.running) <= 3
@@ -106,23 +109,23 @@ def test_running_never_exceeds_the_batch_size() -> None:
 
 def test_decode_goes_first_when_few_blocks_are_free() -> None:
     scheduler = make_scheduler(num_blocks=41, max_prefill_tokens=200, max_seq_len=200)
-    scheduler.add(make_seq(1, prompt=160, max_tokens=30))  # 40 of 41 blocks: 2.4 % stay free
+    scheduler.add(make_group(1, prompt=160, max_tokens=30))  # 40 of 41 blocks: 2.4 % stay free
     run_step(scheduler, 1.0)
-    scheduler.add(make_seq(2, prompt=3, now=1.0))
+    scheduler.add(make_group(2, prompt=3, now=1.0))
     plan, _ = run_step(scheduler, 5.0)
     assert plan is not None and plan.kind is StepKind.DECODE
 
 
 def test_the_youngest_gives_way_and_resumes_with_its_output() -> None:
     scheduler = make_scheduler(num_blocks=4)
-    scheduler.add(make_seq(1, prompt=7))
-    scheduler.add(make_seq(2, prompt=7))
+    scheduler.add(make_group(1, prompt=7))
+    scheduler.add(make_group(2, prompt=7))
     for _ in range(2):  # prefill, then one decode that fills both second blocks
         run_step(scheduler, 1.0)
     plan, _ = run_step(scheduler, 1.0)  # both need a third block, none is left
     assert plan is not None and [seq.request_id for seq in plan.sequences] == [1]
     assert scheduler.num_preemptions == 1
-    victim = scheduler.waiting[0]
+    victim = scheduler.waiting[0].sequences[0]
     assert victim.request_id == 2 and victim.num_output == 2 and not victim.block_table
     scheduler.abort(1)
     plan, _ = run_step(scheduler, 1.0)
@@ -132,23 +135,23 @@ def test_the_youngest_gives_way_and_resumes_with_its_output() -> None:
 
 def test_a_recomputed_sequence_is_not_resumed_into_the_last_free_block() -> None:
     scheduler = make_scheduler(num_blocks=4)
-    scheduler.add(make_seq(1, prompt=7))
-    scheduler.add(make_seq(2, prompt=3))
+    scheduler.add(make_group(1, prompt=7))
+    scheduler.add(make_group(2, prompt=3))
     run_step(scheduler, 1.0)  # three blocks used
     victim = scheduler.running.pop()
     scheduler._preempt(victim)
-    scheduler.add(make_seq(3, prompt=3))
-    scheduler.running[0].block_table.append(scheduler.blocks._free.pop())  # one block left
+    scheduler.add(make_group(3, prompt=3))
+    scheduler.running[0].sequences[0].block_table.append(scheduler.blocks._take())  # one block left
     plan, _ = run_step(scheduler, 1.0)
     assert plan is not None and plan.kind is StepKind.DECODE
 
 
 def test_a_starving_newcomer_takes_the_place_of_the_youngest() -> None:
     scheduler = make_scheduler(num_blocks=5, max_first_token_wait_ms=100)
-    scheduler.add(make_seq(1, prompt=8, max_tokens=30))
-    scheduler.add(make_seq(2, prompt=4, max_tokens=30))
+    scheduler.add(make_group(1, prompt=8, max_tokens=30))
+    scheduler.add(make_group(2, prompt=4, max_tokens=30))
     run_step(scheduler, 1.0)
-    scheduler.add(make_seq(3, prompt=12, now=1.0))  # three blocks, two are free
+    scheduler.add(make_group(3, prompt=12, now=1.0))  # three blocks, two are free
     plan, _ = run_step(scheduler, 1.05)
     assert plan is not None and plan.kind is StepKind.DECODE and plan.num_rows == 2
     assert scheduler.num_preemptions == 0
@@ -160,8 +163,8 @@ def test_a_starving_newcomer_takes_the_place_of_the_youngest() -> None:
 def test_priority_goes_first_and_waiting_makes_up_for_it() -> None:
     scheduler = make_scheduler(max_prefill_batch_size=1, max_first_token_wait_ms=1000)
     for request_id, priority, now in ((1, 5, 0.0), (2, 5, 0.1), (3, 1, 0.2), (4, 1, 4.05)):
-        seq = Sequence(request_id, np.array([1], np.int32), SamplingParams(1), priority=priority, now=now)
-        scheduler.add(seq)
+        ids = np.array([1], np.int32)
+        scheduler.add(SequenceGroup(request_id, ids, SamplingParams(1), priority=priority, now=now))
     order = []
     for _ in range(4):
         plan, _ = run_step(scheduler, 10.0)
@@ -172,7 +175,7 @@ def test_priority_goes_first_and_waiting_makes_up_for_it() -> None:
 
 def test_a_recomputed_sequence_over_the_token_budget_runs_alone() -> None:
     scheduler = make_scheduler(num_blocks=64, max_prefill_tokens=8, max_seq_len=64)
-    scheduler.add(make_seq(1, prompt=8, max_tokens=20))
+    scheduler.add(make_group(1, prompt=8, max_tokens=20))
     for _ in range(3):
         run_step(scheduler, 1.0)
     scheduler._preempt(scheduler.running.pop())
@@ -182,7 +185,7 @@ def test_a_recomputed_sequence_over_the_token_budget_runs_alone() -> None:
 
 def test_what_can_never_fit_is_refused_once() -> None:
     scheduler = make_scheduler(num_blocks=4)
-    scheduler.add(make_seq(1, prompt=40))
+    scheduler.add(make_group(1, prompt=40))
     refused = scheduler.take_refused()
     assert [(o.request_id, o.error) for o in refused] == [(1, GenerationRefused)]
     assert not scheduler.take_refused() and not scheduler.has_work
@@ -202,17 +205,21 @@ def test_what_can_never_fit_is_refused_once() -> None:
 )
 def test_finish_codes(params: SamplingParams, token: int, expected: FinishCode) -> None:
     scheduler = make_scheduler()
-    scheduler.add(Sequence(1, np.array([1, 2], np.int32), params))
+    scheduler.add(SequenceGroup(1, np.array([1, 2], np.int32), params))
     _, outcomes = run_step(scheduler, 1.0, token)
     assert outcomes[0].finish is expected
     assert scheduler.has_work == (expected is FinishCode.NONE)
     scheduler.check()
 
 
-def test_the_block_check_sees_a_block_owned_twice() -> None:
+def one_sequence(num_tokens: int) -> Sequence:
+    return make_group(1, num_tokens).sequences[0]
+
+
+def test_the_block_check_sees_a_wrong_count_of_owners() -> None:
     blocks = BlockManager(4, 4)
-    first, second = make_seq(1, 4), make_seq(2, 4)
-    blocks.grow(first, 4)
+    first, second = one_sequence(4), one_sequence(4)
+    blocks.grow(first)
     second.block_table.append(first.block_table[0])
     with pytest.raises(EngineBug):
         blocks.check([first, second])
@@ -220,9 +227,101 @@ def test_the_block_check_sees_a_block_owned_twice() -> None:
 
 def test_growing_is_all_or_nothing() -> None:
     blocks = BlockManager(2, 4)
-    seq = make_seq(1, 4)
-    assert not blocks.grow(seq, 9) and not seq.block_table and blocks.num_free == 2
-    assert blocks.grow(seq, 8) and blocks.num_free == 0
+    large, small = one_sequence(9), one_sequence(8)
+    assert not blocks.grow(large) and not large.block_table and blocks.num_free == 2
+    assert blocks.grow(small) and blocks.num_free == 0
+
+
+def test_a_shared_block_is_copied_by_the_first_that_writes_and_freed_by_the_last() -> None:
+    blocks = BlockManager(4, 4)
+    first, second = one_sequence(6), one_sequence(6)
+    blocks.grow(first)
+    first.num_computed = 6
+    blocks.share(first, second)
+    second.num_computed = 6
+    shared = list(first.block_table)
+    for seq in (first, second):
+        seq.append(1)
+        assert blocks.grow(seq)
+    assert first.block_table == [shared[0], 2] and second.block_table == shared
+    assert blocks.take_copies() == [(shared[1], 2)] and not blocks.take_copies()
+    blocks.check([first, second])
+    blocks.release(first)
+    blocks.check([second])
+    blocks.release(second)
+    assert blocks.num_free == 4
+
+
+def test_branches_share_the_prompt_and_part_when_they_write() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_group(1, prompt=6, branches=3))
+    plan = scheduler.schedule(1.0)
+    assert plan is not None and plan.num_rows == 1 and len(plan.samples) == 3
+    assert plan.sample_rows is not None and plan.sample_rows.tolist() == [0, 0, 0]
+    outcomes = scheduler.commit(plan, Sampled(np.array([1, 2, 3], np.int32)), 1.0)
+    assert [(o.branch, o.token) for o in outcomes] == [(0, 1), (1, 2), (2, 3)]
+    scheduler.check()
+    assert scheduler.blocks.num_free == 62
+    plan = scheduler.schedule(1.0)
+    assert plan is not None and plan.num_rows == 3 and plan.input_ids.tolist() == [1, 2, 3]
+    assert len(plan.copies) == 2  # the last owner writes where it is
+    assert scheduler.blocks.num_free == 60
+    assert len(set(plan.slot_mapping.tolist())) == 3
+
+
+def test_one_branch_can_end_or_be_aborted_alone() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_group(1, prompt=6, branches=3))
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    scheduler.commit(plan, Sampled(np.array([EOS, 2, 3], np.int32)), 1.0)  # branch 0 held the prompt
+    scheduler.check()
+    assert scheduler.abort(1, branch=1)
+    plan, outcomes = run_step(scheduler, 1.0)
+    assert plan is not None and [o.branch for o in outcomes] == [2]
+    assert scheduler.abort(1, branch=2) and not scheduler.abort(1)
+    assert scheduler.blocks.num_free == 64
+
+
+def test_a_group_is_preempted_and_resumed_as_a_whole_sharing_its_prompt() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_group(1, prompt=9, branches=2))
+    for _ in range(3):
+        run_step(scheduler, 1.0)
+    scheduler._preempt(scheduler.running.pop())
+    scheduler.check()
+    assert scheduler.blocks.num_free == 64
+    plan, outcomes = run_step(scheduler, 1.0)
+    assert plan is not None and plan.kind is StepKind.PREFILL and plan.num_rows == 2
+    assert plan.query_start.tolist() == [
+        0,
+        12,
+        16,
+    ]  # the second branch computes only behind two shared blocks
+    assert plan.block_table[0, :2].tolist() == plan.block_table[1, :2].tolist()
+    assert [o.branch for o in outcomes] == [0, 1]
+    scheduler.check()
+
+
+def test_logprobs_reach_the_outcomes_only_where_asked() -> None:
+    scheduler = make_scheduler()
+    ids = np.array([1, 2], np.int32)
+    for request_id, wanted in ((1, -1), (2, 0), (3, 2)):
+        scheduler.add(SequenceGroup(request_id, ids, SamplingParams(4, logprobs=wanted)))
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    sampled = Sampled(
+        np.array([5, 6, 7], np.int32),
+        np.array([0, -0.5, -1.0], np.float32),
+        np.array([[0, 0, 0], [6, 1, 2], [3, 7, 4]], np.int32),
+        np.array([[0, 0, 0], [-0.5, -1, -2], [-0.25, -1, -3]], np.float32),
+    )
+    outcomes = scheduler.commit(plan, sampled, 1.0)
+    assert [(o.logprob, list(o.top)) for o in outcomes] == [
+        (0.0, []),
+        (-0.5, []),
+        (-1.0, [(3, -0.25), (7, -1.0)]),
+    ]
 
 
 @pytest.mark.parametrize("first_seed", range(0, 2000, 100))
@@ -242,52 +341,61 @@ def run_random_schedule(seed: int) -> None:
     scheduler = make_scheduler(
         num_blocks=num_blocks,
         max_batch_size=rng.choice([2, 5, 8]),
-        max_prefill_batch_size=rng.choice([1, 2]),
+        max_prefill_batch_size=rng.choice([1, 2, 4]),
         max_first_token_wait_ms=rng.choice([0, 20, 2500]),
         max_prefill_tokens=rng.choice([60, 64]),
     )
     limits = scheduler.limits
-    expected: dict[int, list[int]] = {}  # what each request was given, in order
-    ended: dict[int, FinishCode] = {}
-    sequences: dict[int, Sequence] = {}
+    # by (request, branch): what it was given, in order, and how it ended
+    expected: dict[tuple[int, int], list[int]] = {}
+    ended: dict[tuple[int, int], FinishCode] = {}
+    groups: dict[int, SequenceGroup] = {}
     now, next_id = 0.0, 0
 
     def note(outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
-            assert outcome.request_id not in ended, "a row after the end"
+            key = outcome.request_id, outcome.branch
+            assert key not in ended, "a row after the end"
             if outcome.token >= 0:
-                expected[outcome.request_id].append(outcome.token)
+                expected[key].append(outcome.token)
             if outcome.finish is not FinishCode.NONE:
-                ended[outcome.request_id] = outcome.finish
+                ended[key] = outcome.finish
 
     for step in range(120):
         arriving = step < 40
         if arriving and rng.random() < 0.6:
-            seq = make_seq(next_id, rng.randint(1, 60), rng.randint(1, 20), now)
-            seq.priority = rng.randint(1, 5)
-            expected[next_id] = []
-            sequences[next_id] = seq
-            scheduler.add(seq)
+            group = make_group(next_id, rng.randint(1, 60), rng.randint(1, 20), now, rng.choice([1, 1, 2, 3]))
+            group.priority = rng.randint(1, 5)
+            groups[next_id] = group
+            for seq in group.sequences:
+                expected[next_id, seq.branch] = []
+            scheduler.add(group)
             next_id += 1
-        if rng.random() < 0.05 and sequences:
-            victim = rng.choice(list(sequences))
-            if scheduler.abort(victim):
-                ended[victim] = FinishCode.ABORTED
-            assert not scheduler.abort(victim)
+        if rng.random() < 0.05 and groups:
+            victim = rng.choice(list(groups.values()))
+            branch = rng.choice([None, None, *range(len(victim.sequences))])
+            here = {seq.branch for seq in victim.live if branch in (None, seq.branch)}
+            if scheduler.abort(victim.request_id, branch):
+                ended |= {(victim.request_id, b): FinishCode.ABORTED for b in here}
+            if branch is None:
+                assert not scheduler.abort(victim.request_id)
         note(scheduler.take_refused())
         plan = scheduler.schedule(now)
         if plan is not None:
             assert len(set(plan.slot_mapping.tolist())) == plan.num_tokens
             assert plan.slot_mapping.min() >= 0 and plan.slot_mapping.max() < num_blocks * limits.block_size
-            assert plan.num_rows <= limits.max_batch_size
+            assert len(plan.samples) <= limits.max_batch_size
             if plan.kind is StepKind.PREFILL:
-                assert plan.num_rows <= limits.max_prefill_batch_size
-                assert plan.num_tokens <= limits.max_prefill_tokens or plan.num_rows == 1
+                assert len(plan.samples) <= limits.max_prefill_batch_size
+                assert (
+                    plan.num_tokens <= limits.max_prefill_tokens
+                    or len({s.request_id for s in plan.samples}) == 1
+                )
             tokens = np.array(
-                [rng.choice([1, 2, 3, EOS, -1]) if rng.random() < 0.1 else 1 for _ in plan.sequences],
+                [rng.choice([1, 2, 3, EOS, -1]) if rng.random() < 0.1 else 1 for _ in plan.samples],
                 np.int32,
             )
-            note(scheduler.commit(plan, tokens, now))
+            note(scheduler.commit(plan, Sampled(tokens), now))
         note(scheduler.take_refused())
         scheduler.check()
         for queue in (scheduler.waiting, scheduler.running):
@@ -299,11 +407,12 @@ def run_random_schedule(seed: int) -> None:
         plan = scheduler.schedule(now)
         note(scheduler.take_refused())
         if plan is not None:
-            note(scheduler.commit(plan, np.ones(plan.num_rows, np.int32), now))
+            note(scheduler.commit(plan, Sampled(np.ones(len(plan.samples), np.int32)), now))
         scheduler.check()
         now += 0.01
     assert ended.keys() == expected.keys()
     assert scheduler.blocks.num_free == num_blocks
-    for request_id, seq in sequences.items():
-        assert seq.status is SeqStatus.FINISHED
-        assert seq.output_ids.tolist() == expected[request_id]
+    for request_id, group in groups.items():
+        assert group.status is GroupStatus.FINISHED
+        for seq in group.sequences:
+            assert seq.output_ids.tolist() == expected[request_id, seq.branch]

@@ -17,7 +17,7 @@ import zmq
 from engine.errors import EXIT_IPC, EngineFailed, StartupError
 from engine.outcome import FinishCode, Outcome
 from engine.sampling_params import SamplingParams
-from engine.wire import layout
+from engine.wire import layout, sizes
 from engine.wire import messages as m
 from engine.wire.channel import Channel, ControlHub
 from engine.wire.codec import WireError, decode, encode
@@ -49,11 +49,11 @@ def test_channels_deliver_in_order(tmp_path: Path) -> None:
     assert push.wait_connected(5.0) and push.connected
     assert stat.S_IMODE((tmp_path / "cmd").stat().st_mode) == 0o600
     for number in range(500):
-        push.send(m.Abort(number))
+        push.send(m.Abort(number, -1))
     got: list[m.Message] = []
     while len(got) < 500:
         got.extend(pull.receive())
-    assert got == [m.Abort(number) for number in range(500)]
+    assert got == [m.Abort(number, -1) for number in range(500)]
     push.close()
     pull.close()
     context.term()
@@ -140,32 +140,36 @@ def test_a_ring_that_cannot_fit_is_refused_with_numbers() -> None:
 
 
 def test_prompt_and_token_records_round_trip() -> None:
-    slot = memoryview(bytearray(layout.prompt_slot_bytes(5)))
+    slot = memoryview(bytearray(sizes.prompt_slot_bytes(5)))
     layout.write_prompt(slot, 2**63 + 5, np.array([1, -2, 3, 4, 5], np.int32))
     request_id, ids = layout.read_prompt(slot)
     assert request_id == 2**63 + 5 and ids.tolist() == [1, -2, 3, 4, 5]
 
     outcomes = [
-        Outcome(1, 42, FinishCode.NONE, None, 17),
-        Outcome(2**63, -1, FinishCode.ERROR, EngineFailed, 2**40),
+        Outcome(1, 0, 42, FinishCode.NONE, None, 17),
+        Outcome(1, 3, 7, FinishCode.EOS, None, 18, -0.5, [(7, -0.5), (9, -2.25)]),
+        Outcome(2**63, 0, -1, FinishCode.ERROR, EngineFailed, 2**40),
+        Outcome(4, 1, 5, FinishCode.NONE, None, 19, -1.5, [(5, -1.5)]),
     ]
-    slot = memoryview(bytearray(layout.TOKEN_SLOT_BYTES))
+    slot = memoryview(bytearray(sizes.TOKEN_SLOT_BYTES))
     layout.write_tokens(slot, 3, 2, 1500, outcomes)
     batch_size, rows = layout.read_tokens(slot)
     assert batch_size == 2
-    assert rows == [(1, 42, 17, 0, 0), (2**63, -1, 2**32 - 1, FinishCode.ERROR, EngineFailed.number)]
+    assert rows == [
+        (1, 0, 42, 17, 0, 0, 0.0, []),
+        (1, 3, 7, 18, FinishCode.EOS, 0, -0.5, [(7, -0.5), (9, -2.25)]),
+        (2**63, 0, -1, 2**32 - 1, FinishCode.ERROR, EngineFailed.number, 0.0, []),
+        (4, 1, 5, 19, 0, 0, -1.5, [(5, -1.5)]),
+    ]
 
 
-def test_a_step_larger_than_a_slot_is_cut_without_loss() -> None:
-    outcomes = [Outcome(i, i, FinishCode.NONE, None, 0) for i in range(layout.ROWS_PER_SLOT * 2 + 3)]
-    pieces = list(layout.token_records(outcomes))
-    assert [len(piece) for piece in pieces] == [layout.ROWS_PER_SLOT, layout.ROWS_PER_SLOT, 3]
-    assert [o for piece in pieces for o in piece] == outcomes
-
-
-def test_a_message_without_a_peer_is_reported_not_lost_silently(tmp_path: Path) -> None:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    push = Channel(context, zmq.PUSH, f"ipc://{tmp_path}/nobody")
-    assert not push.send(m.Abort(1)) and not push.connected
-    push.close()
-    context.term()
+@pytest.mark.parametrize("num_top", [0, 20])
+def test_a_step_larger_than_a_slot_is_cut_without_loss(num_top: int) -> None:
+    top = [(token, -0.25 * token) for token in range(num_top)]
+    outcomes = [Outcome(i, 0, i, FinishCode.NONE, None, 0, -1.0, top) for i in range(5000)]
+    slot = memoryview(bytearray(sizes.TOKEN_SLOT_BYTES))
+    seen = []
+    for piece in layout.token_records(outcomes):
+        layout.write_tokens(slot, 1, 1, 1, piece)  # raises when it does not fit
+        seen += [(row.request_id, row.top) for row in layout.read_tokens(slot)[1]]
+    assert seen == [(i, top) for i in range(5000)]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from engine.errors import EXIT_INIT, StartupError
-from tests.worker.conftest import MODEL, SCHEDULE
-from worker.kv_cache import KvCache, KvSpec, count_blocks
+from engine.plan import StepKind
+from tests.worker.conftest import MODEL, SCHEDULE, Harness
+from worker.config_values import ConfigValues
+from worker.kv_cache import KvCache, KvSpec, activation_bytes, count_blocks
+from worker.models.llama import LlamaForCausalLM
+
+Checkpoint = Callable[..., tuple[Path, Any]]
 
 SPEC = KvSpec(num_layers=3, block_size=8, num_kv_heads=2, head_dim=16, dtype=torch.bfloat16)
 PER_SEQUENCE = SCHEDULE.max_seq_len // SPEC.block_size
@@ -58,6 +65,30 @@ def test_less_than_one_sequence_is_refused_with_numbers_and_keys(model: dict[str
 
 def test_exactly_one_sequence_is_enough() -> None:
     assert count(kv_block_num=PER_SEQUENCE) == PER_SEQUENCE
+
+
+def test_automatic_never_takes_what_is_not_there() -> None:
+    room = (PER_SEQUENCE + 2) * SPEC.block_bytes
+    assert count(automatic_bytes=2**40, available_bytes=room) == PER_SEQUENCE + 2
+    with pytest.raises(StartupError, match="but 0 are available"):
+        count(automatic_bytes=2**40, available_bytes=-1)
+
+
+def test_no_step_may_need_more_than_the_estimate(checkpoint: Checkpoint) -> None:
+    """Peak of the tensors alive during the largest prefill, measured, against what is set aside."""
+    folder, _ = checkpoint("llama")
+    schedule = replace(SCHEDULE, max_prefill_tokens=512)
+    harness = Harness(folder, schedule=schedule)
+    sequences = [harness.sequence([5] * 125) for _ in range(4)]
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        harness.forward(StepKind.PREFILL, sequences)
+    alive = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    config = LlamaForCausalLM.parse_config(ConfigValues.read(folder / "config.json"))
+    assert 0 < peak < activation_bytes(config, schedule)
 
 
 def test_more_than_the_memory_is_refused() -> None:

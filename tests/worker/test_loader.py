@@ -130,3 +130,11 @@ def test_leftovers_of_older_exports_are_ignored(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, file)
     Harness(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [["model.norm.weight"], {"model.norm.weight": 3}, "all"])
+def test_a_malformed_index_is_refused_by_name(tmp_path: Path, weight_map: object) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(StartupError, match=f"{index}: weight_map"):
+        Checkpoint(tmp_path)

@@ -101,3 +101,21 @@ def test_rows_of_very_different_length_decode_together(checkpoint: Checkpoint) -
     logits = harness.forward(StepKind.DECODE, sequences)
     want = torch.stack([expected_logits(model, [*text, 7]) for text in texts])
     torch.testing.assert_close(logits, want, **EXACT)
+
+
+def test_what_a_failed_request_left_in_the_cache_reaches_nobody(checkpoint: Checkpoint) -> None:
+    """Its blocks go back to the free list full of NaN, and the next owner fills them only in part."""
+    folder, model = checkpoint("llama-gqa-llama3")
+    harness = Harness(folder)
+    for layer in harness.runner._cache.layers:
+        for cache in layer:
+            cache.fill_(float("nan"))
+    texts = prompts(2, 12, 9, 3, 20, 1)
+    sequences = [harness.sequence(text) for text in texts]
+    harness.forward(StepKind.PREFILL, sequences)
+    for step in range(BLOCK_SIZE + 2):
+        for sequence in sequences:
+            sequence.append(7 + step)
+        logits = harness.forward(StepKind.DECODE, sequences)
+        want = torch.stack([expected_logits(model, s.tokens[: s.num_tokens].tolist()) for s in sequences])
+        torch.testing.assert_close(logits, want, **EXACT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,40 @@ def test_auto_takes_the_first_accelerator_that_is_there(monkeypatch: pytest.Monk
         monkeypatch.setitem(PLATFORMS, name, (row[0], f"{name} platform"))
     with pytest.raises(AttributeError, match="cuda platform"):
         select_platform("auto")
+
+
+@pytest.mark.parametrize(
+    ("present", "known", "warned"),
+    [
+        ([], [], False),
+        (["cuda"], [], True),
+        (["npu", "cuda"], [], True),
+        (["npu", "cuda"], ["cuda"], False),
+        (["npu"], ["cuda"], True),
+    ],
+)
+def test_auto_says_so_when_an_accelerator_lies_idle(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    present: list[str],
+    known: list[str],
+    warned: bool,
+) -> None:
+    for name in ("npu", "cuda"):
+        missing = None if name in present else "no driver"
+        monkeypatch.setitem(_ACCELERATORS, name, lambda missing=missing: missing)
+    for name in known:
+        monkeypatch.setitem(PLATFORMS, name, ("worker.platforms.cpu", "CpuPlatform"))
+    select_platform("auto")
+    assert len(caplog.records) == warned
+    if warned:
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        for name in present:
+            assert name in record.getMessage()
+    caplog.clear()
+    select_platform("cpu")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -173,6 +208,7 @@ def test_the_platform_builds_what_the_probe_found(
     want = UpcastingLinear if upcast else PackedLinear if packed else PlainLinear
     assert [type(linear) for linear in made] == [want, want]
     assert probed == [torch.bfloat16]
+    assert platform.wide_rows == (UpcastingLinear.MIN_ROWS if upcast else None)
     assert ("packed" in platform.describe(), "float32" in platform.describe()) == (packed, upcast)
 
 

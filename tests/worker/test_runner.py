@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from engine.errors import StartupError
 from engine.plan import StepKind, build_plan
-from engine.settings import ModelSettings
+from engine.settings import ModelSettings, ScheduleSettings
 from tests.worker.conftest import BLOCK_SIZE, MAX_SEQ_LEN, MODEL, SCHEDULE, Harness
+from worker.models.llama import LlamaForCausalLM
+from worker.platforms.base import MemoryInfo
+from worker.platforms.cpu import CpuPlatform
 from worker.runner import ModelRunner
 
 Checkpoint = Callable[..., tuple[Path, Any]]
@@ -56,6 +60,23 @@ def test_warm_up_fits_any_cache_and_changes_no_result(checkpoint: Checkpoint, nu
     assert torch.equal(cold.runner.forward(plan), warm.runner.forward(plan))
 
 
+@pytest.mark.parametrize("block_size", [1, 2, 128])
+@pytest.mark.parametrize("num_blocks", [1, 2, 31, 32])
+def test_warm_up_stays_inside_the_smallest_cache(
+    checkpoint: Checkpoint, block_size: int, num_blocks: int
+) -> None:
+    schedule = replace(SCHEDULE, block_size=block_size, max_batch_size=64)
+    runner = Harness(checkpoint("llama")[0], schedule=schedule).runner
+    runner.allocate(num_blocks)
+    runner.warm_up()
+
+
+@pytest.mark.parametrize("max_seq_len", [1, 2])
+def test_warm_up_stays_inside_the_shortest_context(checkpoint: Checkpoint, max_seq_len: int) -> None:
+    schedule = replace(SCHEDULE, max_seq_len=max_seq_len)
+    Harness(checkpoint("llama")[0], schedule=schedule).runner.warm_up()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_requested_dtype_is_computed_in(checkpoint: Checkpoint, dtype: str) -> None:
     folder, model = checkpoint("llama")
@@ -68,3 +89,65 @@ def test_the_requested_dtype_is_computed_in(checkpoint: Checkpoint, dtype: str) 
         exact = model(torch.tensor([[3, 4, 5]])).logits[0, -1]
     # the float32 checkpoint rounded to bfloat16 differs by its 8 bits through three layers
     torch.testing.assert_close(logits[0].float(), exact, rtol=0.1, atol=0.3 if dtype == "bfloat16" else 1e-4)
+
+
+class Memory:
+    """A CPU platform's memory that a test sets, in bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+        self.available = available
+        monkeypatch.setattr(CpuPlatform, "memory", lambda _: MemoryInfo(self.available, self.available))
+
+
+def runner_of(
+    folder: Path, schedule: ScheduleSettings = SCHEDULE, workers: int = 1, **model: Any
+) -> ModelRunner:
+    settings = replace(MODEL, weight_path=folder, **model)
+    return ModelRunner(settings, schedule, 0, lambda phase, fraction: None, num_workers=workers)
+
+
+@pytest.mark.parametrize("asked", [MAX_SEQ_LEN + 1, 2**32 - 1])
+def test_a_context_beyond_the_model_costs_nothing(checkpoint: Checkpoint, asked: int) -> None:
+    """Neither a rotary table nor a cache of that length, and every part agrees on the shorter one."""
+    folder, _ = checkpoint("llama-gqa-llama3")
+    usual, beyond = (
+        runner_of(folder),
+        runner_of(folder, replace(SCHEDULE, max_seq_len=asked, max_input_len=asked - 1)),
+    )
+    for runner in (usual, beyond):
+        runner.load()
+        assert runner.max_seq_len == MAX_SEQ_LEN
+    assert beyond.size_kv_cache() == usual.size_kv_cache()
+    beyond.allocate(2 * MAX_SEQ_LEN // BLOCK_SIZE)
+    beyond.warm_up()
+
+
+def test_a_shorter_context_than_the_models_stays(checkpoint: Checkpoint) -> None:
+    runner = runner_of(checkpoint("llama")[0], replace(SCHEDULE, max_seq_len=40, max_input_len=39))
+    runner.load()
+    assert (runner.max_seq_len, runner.max_position_embeddings) == (40, MAX_SEQ_LEN)
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_weights_are_read(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = checkpoint("llama")
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", lambda *_: pytest.fail("weights were read"))
+    Memory(monkeypatch, 2**30)
+    for model, schedule in (({"kv_cache_gib": 2}, SCHEDULE), ({"kv_block_num": 1}, SCHEDULE)):
+        with pytest.raises(StartupError, match="KV cache"):
+            runner_of(folder, schedule, **model).load()
+
+
+def test_workers_share_the_memory(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cache fits by itself, all of them do not; and a step needs some memory besides."""
+    folder, _ = checkpoint("llama")
+    memory = Memory(monkeypatch, 2**30)
+    runner_of(folder, kv_cache_mib=400, workers=2).load()
+    with pytest.raises(StartupError, match="kvCacheMemMiB"):
+        runner_of(folder, kv_cache_mib=400, workers=3).load()
+    memory.available = 403 * 2**20
+    runner_of(folder, kv_cache_mib=400).load()
+    hungry = replace(SCHEDULE, max_prefill_tokens=100_000, max_prefill_batch_size=1000)
+    with pytest.raises(StartupError, match="maxPrefillTokens"):
+        runner_of(folder, hungry, kv_cache_mib=400).load()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
-from worker.sampler import NO_TOKEN, Sampler, uniform
+from worker.sampler import NO_TOKEN, Sampler, penalize, uniform
 
 SAMPLED = SamplingParams(max_tokens=64, temperature=1.0)
 
@@ -205,3 +205,55 @@ def test_a_row_of_no_numbers_gets_no_token_and_harms_nobody(bad: float, params: 
 
 def test_a_row_of_minus_infinity_gets_no_token() -> None:
     assert Sampler(4).sample(torch.full((1, 4), float("-inf")), [sequence(SAMPLED)]).tolist() == [NO_TOKEN]
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-39, 1e39, 1e308])
+@pytest.mark.parametrize("params", [SamplingParams(max_tokens=4), SAMPLED, replace(SAMPLED, top_k=3)])
+@pytest.mark.parametrize("others", [0.0, 1e39, -1e300])
+def test_no_legal_penalty_turns_a_logit_into_no_number(
+    penalty: float, params: SamplingParams, others: float
+) -> None:
+    logits = torch.tensor([[0.0, 3.0, -3.0, 1.0, float("-inf"), 2.0]])
+    extreme = replace(
+        params, repetition_penalty=penalty, presence_penalty=others, frequency_penalty=others, seed=3
+    )
+    row = sequence(extreme, prompt=(0, 1, 2, 4), output=(1, 2, 2, 4))
+    (token,) = Sampler(6).sample(logits, [row])
+    assert token in (0, 1, 2, 3, 5)  # never the masked one
+    if params.greedy and others == 0.0:
+        assert token == (1 if penalty < 1 else 5 if penalty > 1e38 else None)
+
+
+def test_penalized_logits_are_clipped_to_finite_numbers() -> None:
+    params = SamplingParams(max_tokens=1, repetition_penalty=1e-39)
+    logits = np.array([0.0, 3.0, -3.0, -np.inf], np.float32)
+    penalize(logits, sequence(params, prompt=(0, 1, 3)))
+    assert logits.tolist() == [0.0, float(np.finfo(np.float32).max), -3.0, -np.inf]
+    logits = np.array([-3.0, 0.0], np.float32)
+    penalize(logits, sequence(replace(params, repetition_penalty=1e39), prompt=(0, 1)))
+    assert logits.tolist() == [float(np.finfo(np.float32).min), 0.0]
+
+
+def test_min_p_drops_what_is_much_less_likely_than_the_best() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    seen = set()
+    for seed in range(300):
+        params = SamplingParams(4, temperature=1.0, seed=seed, min_p=0.5)
+        seen.add(int(Sampler(4).sample(logits, [Sequence(1, np.array([0], np.int32), params)])[0]))
+    assert seen == {0, 1}
+
+
+def test_bias_is_added_before_the_choice_and_greedy_honours_it() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    params = SamplingParams(4, logit_bias=((1, -5.0), (0, 0.5)))
+    assert Sampler(3).sample(logits, [Sequence(1, np.array([0], np.int32), params)]).tolist() == [2]
+    assert logits.tolist() == [[1.0, 3.0, 2.0]]
+
+
+def test_ends_are_masked_until_min_tokens() -> None:
+    logits = torch.tensor([[5.0, 4.0, 1.0]])
+    sequence = Sequence(1, np.array([2], np.int32), SamplingParams(4, min_tokens=1, stop_token_ids=(1,)))
+    sampler = Sampler(3, eos_token_ids=[0])
+    assert sampler.sample(logits, [sequence]).tolist() == [2]
+    sequence.append(2)
+    assert sampler.sample(logits, [sequence]).tolist() == [0]

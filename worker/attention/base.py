@@ -25,7 +25,8 @@ class AttentionBackend(Protocol):
     """Made once, told about each step once, called once per layer.
 
     The last query token of a row is the last token of its context, so query i of q sees the first
-    context_len - q + i + 1 keys.
+    context_len - q + i + 1 keys. What other slots hold, be it NaN, never shows in the result: blocks are
+    handed on as their last owner left them.
     """
 
     def __init__(self, spec: AttentionSpec) -> None: ...

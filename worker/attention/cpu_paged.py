@@ -30,6 +30,7 @@ class _Gathered:
     k: Tensor  # [n, KV, longest context, D] the same memory
     v: Tensor
     mask: Tensor | None  # [n, 1, 1, longest context] or, for a chunk, [1, 1, Q, context]; added to the scores
+    padding: Tensor | None  # int64: gathered slots beyond their row's context but within the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,10 @@ class CpuPagedAttention:
                 continue
             torch.index_select(k_cache, 0, group.blocks, out=group.k_blocks)
             torch.index_select(v_cache, 0, group.blocks, out=group.v_blocks)
+            if group.padding is not None:
+                # a mask does not help against the NaN of an earlier owner: 0 * NaN is NaN
+                group.k_blocks.flatten(0, 1).index_fill_(0, group.padding, 0)
+                group.v_blocks.flatten(0, 1).index_fill_(0, group.padding, 0)
             parts.append(self._decode(group, q) if self._is_decode else self._chunk(group, q))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -96,12 +101,16 @@ class CpuPagedAttention:
         groups: list[_Gathered | _Fresh] = []
         for first, last in bounds:
             lengths = batch.context_len[first:last]
-            mask = None
+            mask = padding = None
             if lengths[-1] != lengths[0]:
                 unseen = np.arange(lengths[0], dtype=np.int32)[None] >= lengths[:, None]
                 mask = self._mask(unseen)[:, None, None]
+                row, column = unseen.nonzero()
+                padding = torch.from_numpy(row * (int(widths[first]) * block_size) + column)
             table = batch.block_table[first:last, : widths[first]]
-            groups.append(self._gathered(slice(first, last), table, int(lengths[0]), block_size, mask))
+            groups.append(
+                self._gathered(slice(first, last), table, int(lengths[0]), block_size, mask, padding)
+            )
         return groups
 
     def _prefill_groups(self, batch: Batch, block_size: int) -> list[_Gathered | _Fresh]:
@@ -128,7 +137,13 @@ class CpuPagedAttention:
         return groups
 
     def _gathered(
-        self, tokens: slice, table: np.ndarray, longest: int, block_size: int, mask: Tensor | None
+        self,
+        tokens: slice,
+        table: np.ndarray,
+        longest: int,
+        block_size: int,
+        mask: Tensor | None,
+        padding: Tensor | None = None,
     ) -> _Gathered:
         spec = self._spec
         rows, width = table.shape
@@ -139,7 +154,7 @@ class CpuPagedAttention:
             blocks.view(rows, -1, spec.num_kv_heads, spec.head_dim)[:, :longest].transpose(1, 2)
             for blocks in (k_blocks, v_blocks)
         )
-        return _Gathered(tokens, torch.from_numpy(table.flatten()), k_blocks, v_blocks, k, v, mask)
+        return _Gathered(tokens, torch.from_numpy(table.flatten()), k_blocks, v_blocks, k, v, mask, padding)
 
     def _reserve(self, num_tokens: int) -> None:
         """Room for that many keys; groups run one after the other and share it."""

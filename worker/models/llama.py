@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch.nn import functional
 
 from worker.attention.base import AttentionBackend
 from worker.batch import Batch
+from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig, parse_decoder
 from worker.kv_cache import KvCache
 from worker.layers.activation import silu_mul
@@ -110,13 +110,13 @@ class LlamaForCausalLM:
         progress(1.0)
 
     @staticmethod
-    def parse_config(config: Mapping[str, Any]) -> DecoderConfig:
-        attention_bias = bool(config.get("attention_bias", False))
+    def parse_config(config: ConfigValues) -> DecoderConfig:
+        attention_bias = config.flag("attention_bias")
         return parse_decoder(
             config,
             qkv_bias=attention_bias,
             output_bias=attention_bias,
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            mlp_bias=config.flag("mlp_bias"),
         )
 
     @staticmethod

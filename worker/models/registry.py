@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.errors import EXIT_INIT, StartupError
 from worker.attention.base import AttentionBackend
 from worker.batch import Batch
+from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig
 from worker.kv_cache import KvCache
 from worker.loader import Checkpoint
@@ -37,7 +37,7 @@ class CausalModel(Protocol):
     ) -> None: ...
 
     @staticmethod
-    def parse_config(config: Mapping[str, Any]) -> DecoderConfig: ...
+    def parse_config(config: ConfigValues) -> DecoderConfig: ...
 
     @staticmethod
     def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -54,16 +54,12 @@ class CausalModel(Protocol):
         """hidden: [R, hidden] -> [R, vocab]."""
 
 
-def model_class(architectures: object) -> type[CausalModel]:
-    """`architectures`: the value in config.json. StartupError when this build has none of them."""
-    names = architectures if isinstance(architectures, list) else []
+def model_class(config: ConfigValues) -> type[CausalModel]:
+    """The class of the first architecture this build has; StartupError when it has none of them."""
+    names = config.texts("architectures")
     for name in names:
         if name in MODELS:
             module, cls = MODELS[name]
             model: type[CausalModel] = getattr(importlib.import_module(module), cls)
             return model
-    raise StartupError(
-        f"model architecture {', '.join(map(str, names)) or 'not named in config.json'} is not supported;"
-        f" supported: {', '.join(MODELS)}",
-        EXIT_INIT,
-    )
+    raise config.wrong("architectures", f"a list with one of the supported {', '.join(MODELS)}")

@@ -37,10 +37,14 @@ class Platform(Protocol):
     def memory(self) -> MemoryInfo: ...
 
     def kv_budget(self, num_workers: int) -> int:
-        """Bytes one worker may spend on its KV cache when nobody said how many."""
+        """Bytes one worker may spend on its KV cache when nobody said how many; falls as memory is taken."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """weight: [out, in]; bias: [out]. Both may be kept: the caller must not change them any more."""
+
+    @property
+    def wide_rows(self) -> int | None:
+        """Rows from which the linear layers made so far compute in another arithmetic; None: never."""
 
     def describe(self) -> str:
         """One line for the log: what the start-up probe chose."""

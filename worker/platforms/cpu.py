@@ -56,6 +56,10 @@ class CpuPlatform:
         narrow = PackedLinear(weight, bias) if kernels.packed else PlainLinear(weight, bias)
         return UpcastingLinear(narrow, self._scratch) if kernels.upcast and size <= _MAX_UPCAST else narrow
 
+    @property
+    def wide_rows(self) -> int | None:
+        return UpcastingLinear.MIN_ROWS if any(chosen.upcast for chosen in self._kernels.values()) else None
+
     def describe(self) -> str:
         kernels = "; ".join(f"{str(dtype)[6:]} linears {chosen}" for dtype, chosen in self._kernels.items())
         return f"cpu, {torch.get_num_threads()} threads, {kernels or 'no linears yet'}"

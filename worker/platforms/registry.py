@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 
 from engine.errors import EXIT_INIT, StartupError
 from worker.platforms.base import Platform
+
+log = logging.getLogger("llm.platform")
 
 PLATFORMS: dict[str, tuple[str, str]] = {"cpu": ("worker.platforms.cpu", "CpuPlatform")}
 
@@ -30,11 +33,22 @@ def _cuda_missing() -> str | None:
 _ACCELERATORS: dict[str, Callable[[], str | None]] = {"npu": _npu_missing, "cuda": _cuda_missing}
 
 
+def _best_platform() -> str:
+    """The first accelerator that is there and known; else the CPU, with a warning when one lies idle."""
+    usable = [name for name, missing in _ACCELERATORS.items() if missing() is None]
+    known = [name for name in usable if name in PLATFORMS]
+    if usable and not known:
+        log.warning(
+            "deviceType 'auto': %s is usable here, but not supported by this build yet; serving on the CPU",
+            " and ".join(usable),
+        )
+    return known[0] if known else "cpu"
+
+
 def select_platform(device_type: str) -> Platform:
     """The platform for `deviceType`; StartupError when one is named that cannot be used."""
     if device_type == "auto":
-        usable = (name for name, missing in _ACCELERATORS.items() if name in PLATFORMS and missing() is None)
-        device_type = next(usable, "cpu")
+        device_type = _best_platform()
     else:
         reason = _ACCELERATORS[device_type]() if device_type in _ACCELERATORS else None
         faults = [] if device_type in PLATFORMS else [f"{device_type} is not supported by this build yet"]
