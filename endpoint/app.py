@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
-from endpoint import http_errors, models_api
-from endpoint.health import Health
+from endpoint import http_errors, metadata, models_api
 from endpoint.json_body import parse_body
+from endpoint.management import ManagementPlane
 from endpoint.protocols.base import Body, GenerationRequest, ProtocolAdapter, Reply
+from endpoint.protocols.triton import MODEL_PATH, stop_infer_id
 from endpoint.service import GenerationService, GenerationStream
-from engine.errors import InvalidRequest, ServerError, ServiceUnavailable
-from engine.settings import EndpointSettings, Plane
+from endpoint.token_count import parse_count
+from engine.errors import EngineFailed, InvalidRequest, ServerError, ServiceUnavailable
+from engine.settings import EndpointSettings, ModelSettings, Plane, ScheduleSettings
 
 log = logging.getLogger("server.http")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+INTERNAL = "the server failed while handling this request; the server log has the details"
 _STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
 
 class BusinessPlane:
     """Inference and model queries. `service` is set once every instance is ready."""
 
-    def __init__(self, adapters: Sequence[ProtocolAdapter], settings: EndpointSettings) -> None:
+    def __init__(
+        self,
+        adapters: Sequence[ProtocolAdapter],
+        settings: EndpointSettings,
+        schedule: ScheduleSettings,
+        model: ModelSettings,
+    ) -> None:
         self.service: GenerationService | None = None
         self._settings = settings
+        self._schedule = schedule
+        self._model_settings = model
         self._by_path: dict[str, list[ProtocolAdapter]] = {}
         for adapter in adapters:
             for path in adapter.routes:
@@ -39,6 +51,11 @@ class BusinessPlane:
             *(web.post(path, self._generation_handler(adapters)) for path, adapters in self._by_path.items()),
             web.get("/v1/models", self._models),
             web.get("/v1/models/{model}", self._model),
+            web.post("/v1/tokenizer", self._count_tokens),
+            web.get("/v2", self._server_metadata),
+            web.get(MODEL_PATH, self._model_metadata),
+            web.get(f"{MODEL_PATH}/config", self._model_config),
+            web.post(f"{MODEL_PATH}/stopInfer", self._stop_infer),
         ]
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -48,9 +65,36 @@ class BusinessPlane:
         info = self._ready_service().info
         return web.json_response(body=models_api.model_card(info, request.match_info["model"]))
 
+    async def _count_tokens(self, request: web.Request) -> web.Response:
+        service = self._ready_service()
+        asked = parse_count(parse_body(await self._read_body(request), self._settings.max_json_depth))
+        return web.json_response(body=await service.count_tokens(asked))
+
+    async def _server_metadata(self, request: web.Request) -> web.Response:
+        return web.json_response(body=metadata.server_metadata(self._schedule))
+
+    async def _model_metadata(self, request: web.Request) -> web.Response:
+        info = self._ready_service().info
+        return web.json_response(body=metadata.model_metadata(info, request.match_info["model"]))
+
+    async def _model_config(self, request: web.Request) -> web.Response:
+        info = self._ready_service().info
+        name = request.match_info["model"]
+        return web.json_response(body=metadata.model_config(info, self._model_settings, name))
+
+    async def _stop_infer(self, request: web.Request) -> web.Response:
+        service = self._ready_service()
+        models_api.check_served(service.info, request.match_info["model"])
+        body = parse_body(await self._read_body(request), self._settings.max_json_depth)
+        client_id = stop_infer_id(body)
+        service.cancel(client_id)
+        return web.json_response({"id": client_id})
+
     def _generation_handler(self, adapters: Sequence[ProtocolAdapter]) -> Handler:
         async def handle(http: web.Request) -> web.StreamResponse:
             service = self._ready_service()
+            if "model" in http.match_info:  # a wrong path is wrong whatever the body says
+                models_api.check_served(service.info, http.match_info["model"])
             body = parse_body(await self._read_body(http), self._settings.max_json_depth)
             adapter = next((a for a in adapters if a.claims(body)), None)
             if adapter is None:
@@ -63,10 +107,15 @@ class BusinessPlane:
         return handle
 
     async def _read_body(self, http: web.Request) -> bytes:
+        encoding = http.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise InvalidRequest("`Content-Encoding` must be identity; send the body uncompressed")
         try:
             return await http.read()
         except web.HTTPRequestEntityTooLarge:
             raise http_errors.body_too_large(self._settings.max_request_bytes) from None
+        except web.RequestPayloadError:
+            raise InvalidRequest("the body ended early or its chunks are malformed; send it again") from None
 
     def _ready_service(self) -> GenerationService:
         if self.service is None:
@@ -80,15 +129,30 @@ async def _answer(
     if not request.stream:
         return web.json_response(body=reply.result(await stream.collect()))
     response = web.StreamResponse(headers=_STREAM_HEADERS)
+    if request.sampling.beam_search:  # nothing is final before all beams have ended
+        frames = reply.beam_frames(await stream.collect())
+        await response.prepare(http)
+        for frame in [*frames, *reply.tail()]:
+            await response.write(frame)
+        await response.write_eof()
+        return response
     try:
         async for step in stream:
             if not response.prepared:  # not before the first token: until then an error is plain JSON
                 await response.prepare(http)
             # one write is one HTTP chunk; clients of the original parse each chunk by itself
-            await response.write(reply.frame(step))
-    except ServerError as error:
+            if frame := reply.frame(step):
+                await response.write(frame)
+    except asyncio.CancelledError:
+        if http.transport is not None:
+            http.transport.abort()  # a client that does not read would keep what is buffered for it
+        raise
+    except Exception as error:
         if not response.prepared:
             raise
+        if not isinstance(error, ServerError):
+            log.exception("%s failed after its first frame", http.path)
+            error = EngineFailed(INTERNAL)
         for frame in reply.error_frames(error):
             await response.write(frame)
     else:
@@ -129,12 +193,15 @@ async def _name_response(request: web.Request, response: web.StreamResponse) -> 
 
 
 def make_app(
-    planes: Sequence[Plane], business: BusinessPlane, health: Health, settings: EndpointSettings
+    planes: Sequence[Plane],
+    business: BusinessPlane,
+    management: ManagementPlane,
+    settings: EndpointSettings,
 ) -> web.Application:
     app = web.Application(middlewares=[_errors], client_max_size=settings.max_request_bytes)
     app.on_response_prepare.append(_name_response)
     if "business" in planes:
         app.add_routes(business.routes())
     if "management" in planes:
-        app.add_routes(health.routes())
+        app.add_routes(management.routes())
     return app

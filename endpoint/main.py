@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from aiohttp import web
 from endpoint.app import BusinessPlane, make_app
 from endpoint.context import EndpointContext
 from endpoint.engine_client import EngineClient
-from endpoint.health import Health
+from endpoint.management import ManagementPlane
 from endpoint.protocols.base import ModelInfo
 from endpoint.protocols.registry import load_adapters
 from endpoint.service import GenerationService
@@ -29,8 +30,21 @@ from engine.wire.messages import Drain, InstanceDown, Progress, Ready
 
 log = logging.getLogger("server.endpoint")
 
+_FIRST = asyncio.FIRST_COMPLETED
 _KEEP_ALIVE_S = 75.0
 _BACKLOG = 1024
+
+
+def _without_client_bytes(record: logging.LogRecord) -> bool:
+    """aiohttp quotes a malformed request in its tracebacks: prompts and keys must not reach the log."""
+    if record.exc_info and record.exc_info[0] is not None:
+        record.msg, record.args = "malformed request: %s", (record.exc_info[0].__name__,)
+        record.exc_info = None
+    return True
+
+
+_http_log = logging.getLogger("server.aiohttp")
+_http_log.addFilter(_without_client_bytes)
 
 
 def run_endpoint(given: EndpointContext) -> int:
@@ -43,8 +57,10 @@ class _Endpoint:
 
     def __init__(self, given: EndpointContext) -> None:
         self._given = given
-        self._health = Health()
-        self._business = BusinessPlane(load_adapters(), given.settings)
+        self._business = BusinessPlane(load_adapters(), given.settings, given.schedule, given.model)
+        self._management = ManagementPlane(given.settings, given.schedule, given.model)
+        self._health = self._management.health
+        self._started = int(time.time())
         self._runners: list[web.AppRunner] = []
 
     async def run(self) -> None:
@@ -62,28 +78,34 @@ class _Endpoint:
             if "management" in listener.planes:
                 await self._listen(listener, sock)
         self._on_control()  # what came before the reader was installed gives no edge
-        service = await self._until_drain(self._make_service())
+        service = await self._unless_stopped(self._make_service())
         if service is not None:
             self._business.service = service
+            self._management.info, self._management.engine = service.info, self._engine
             for listener, sock in listeners:
                 if "management" not in listener.planes:
                     await self._listen(listener, sock)
             watcher = asyncio.create_task(service.watch_deadlines())
             self._health.ready = True
             self._control.send(Ready(f"{len(listeners)} listeners open"))
-            deadline_s = await self._drain
+            self._on_control()  # sending may have taken the edge of what arrived meanwhile
+            # neither the watcher nor the engine's future ends but by a failure, which must end the process
+            failures: set[asyncio.Future[Any]] = {watcher, self._engine.failure}
+            await asyncio.wait({self._drain, *failures}, return_when=_FIRST)
+            for failure in failures:
+                if failure.done():
+                    failure.result()
             self._health.stopping = True
             service.stop_accepting()
-            await service.drained(deadline_s)
+            await service.drained(self._drain.result())
             watcher.cancel()
-        for runner in self._runners:
-            await runner.cleanup()
+        await asyncio.gather(*(runner.cleanup() for runner in self._runners))
 
-    async def _until_drain(self, work: Coroutine[Any, Any, GenerationService]) -> GenerationService | None:
+    async def _unless_stopped(self, work: Coroutine[Any, Any, GenerationService]) -> GenerationService | None:
         """The work's result, or None when the service is stopped before it is there."""
         task = asyncio.ensure_future(work)
         until: set[asyncio.Future[Any]] = {task, self._drain}
-        await asyncio.wait(until, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(until, return_when=_FIRST)
         if task.done():
             return task.result()
         task.cancel()
@@ -91,7 +113,9 @@ class _Endpoint:
 
     async def _make_service(self) -> GenerationService:
         given = self._given
-        tokenizer = await asyncio.to_thread(
+        # a pool of its own: the loop waits for the default one, and a stop must not wait for a slow tokenizer
+        tokenizer = await asyncio.get_running_loop().run_in_executor(
+            ThreadPoolExecutor(1),
             TokenizerPool,
             given.model.weight_path,
             given.settings.tokenizer_threads,
@@ -106,15 +130,16 @@ class _Endpoint:
             max_seq_len=ready.max_seq_len,
             max_n=given.schedule.max_n,
             generation_defaults=_generation_defaults(given.model.weight_path),
-            created=int(time.time()),
+            created=self._started,
         )
         return GenerationService(self._engine, tokenizer, given.settings, given.schedule, given.model, info)
 
     async def _listen(self, listener: Listener, sock: socket.socket) -> None:
-        app = make_app(listener.planes, self._business, self._health, self._given.settings)
+        app = make_app(listener.planes, self._business, self._management, self._given.settings)
         runner = web.AppRunner(
             app,
             access_log=None,
+            logger=_http_log,
             handler_cancellation=True,  # a client that hangs up must not keep generating
             keepalive_timeout=_KEEP_ALIVE_S,
             shutdown_timeout=1.0,

@@ -9,6 +9,12 @@ from endpoint.protocols.base import ModelInfo
 from engine.errors import NotFound
 
 
+def check_served(model: ModelInfo, name: str) -> None:
+    """`name`: of a model in a path. Raises NotFound unless it is the served one."""
+    if name != model.name:
+        raise NotFound("no model of this name is loaded; GET /v1/models lists the loaded ones")
+
+
 def _card(model: ModelInfo) -> dict[str, Any]:
     return {
         "id": model.name,
@@ -27,6 +33,5 @@ def model_list(model: ModelInfo) -> bytes:
 
 def model_card(model: ModelInfo, name: str) -> bytes:
     """`name`: from the path. Raises NotFound unless it is the served model."""
-    if name != model.name:
-        raise NotFound("no model of this name is loaded; GET /v1/models lists the loaded ones")
+    check_served(model, name)
     return sse.dumps(_card(model)).encode()

@@ -8,7 +8,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from endpoint.detokenizer import IncrementalDetokenizer
 from endpoint.engine_client import EngineClient, Flight, Token
@@ -19,10 +20,13 @@ from endpoint.protocols.base import (
     GenerationRequest,
     ModelInfo,
     ReplyContext,
+    TokenLogprob,
     TokenStep,
 )
+from endpoint.token_count import CountRequest, count_tokens
 from endpoint.tokenizer import TokenizerPool
-from engine.errors import GenerationRefused, RequestTimeout, ServiceUnavailable
+from endpoint.validation import check_token_count
+from engine.errors import GenerationRefused, NotFound, RequestTimeout, ServerError, ServiceUnavailable
 from engine.outcome import FinishCode
 from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
 
@@ -32,6 +36,9 @@ _FINISH = {
     FinishCode.LENGTH: FinishReason.LENGTH,
 }
 _SWEEP_S = 0.1  # how often deadlines are looked at: one timer for all requests instead of one per token
+_INLINE_CHARS = 2000  # longer texts are counted beside the event loop
+_STALL_S = 60.0  # for writing the end of an answer whose time is up
+_LAST_FRAMES_S = 1.0  # for writing error events when the service stops
 _TIMEOUT = "Engine callback timeout"  # clients match on this beginning
 
 
@@ -43,18 +50,11 @@ class Admission:
         self._running = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    @property
-    def running(self) -> int:
-        return self._running
-
-    def try_enter(self) -> bool:
-        if self._running >= self._limit:
-            return False
-        self._running += 1
-        return True
-
-    async def wait_turn(self) -> None:
-        """Stand in line. Raises ServiceUnavailable when the line is full."""
+    async def enter(self) -> None:
+        """Take a place, or stand in line for one. Raises ServiceUnavailable when the line is full."""
+        if self._running < self._limit:
+            self._running += 1
+            return
         if len(self._waiting) >= 2 * self._limit:
             raise ServiceUnavailable(
                 f"the server is full: {self._limit} requests are running (maxLinkNum) and {2 * self._limit} "
@@ -64,90 +64,163 @@ class Admission:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            await turn
+            # not `await turn`: that would cancel it, and whether the place was handed over could not be told
+            await asyncio.wait({turn})
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.leave()  # the place was handed over just before the client went away
+            if turn.done():
+                self.leave()
+            else:
+                self._waiting.remove(turn)
             raise
 
     def leave(self) -> None:
-        """Give the place to the next in line that still wants it."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._running -= 1
+        """Give the place to the next in line."""
+        if self._waiting:
+            self._waiting.popleft().set_result(None)
+        else:
+            self._running -= 1
 
 
-class GenerationStream:
-    """The text steps of one request. Iterate it once, or `collect` it."""
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """One request from its arrival to its last byte."""
+
+    task: asyncio.Task[Any]
+    arrival: float  # monotonic seconds
+    client_id: str | None  # the client's own name for it
+    flight: Flight | None = None  # once it is in the engine
+    verdict: ServerError | None = None  # why its task was cancelled by us
+
+    def end(self, verdict: ServerError) -> None:
+        """End it with an error, wherever it is."""
+        if self.flight is not None:
+            self.flight.fail(verdict)
+        elif self.verdict is None:
+            self.verdict = verdict
+            self.task.cancel()
+
+
+class _Choice:
+    """The text of one branch as it grows."""
 
     def __init__(
-        self,
-        flight: Flight,
-        detokenizer: IncrementalDetokenizer,
-        request: GenerationRequest,
-        context: ReplyContext,
+        self, index: int, detokenizer: IncrementalDetokenizer, arrival: float, logprobs: bool
     ) -> None:
-        self.context = context
-        self._flight = flight
+        self.index = index
+        self._logprobs = logprobs
         self._detokenizer = detokenizer
-        self._request = request
         self._pieces: list[str] = []
         self._num_tokens = 0
-        self._previous = flight.arrival
+        self._previous = arrival
+        self.finished = False
 
-    async def __aiter__(self) -> AsyncIterator[TokenStep]:
-        while True:
-            step = self._step(await self._flight.next())
-            yield step
-            if step.finish is not None:
-                return
-
-    async def collect(self) -> Completion:
-        steps = [step async for step in self]
-        last = steps[-1]
-        assert last.finish is not None
-        return Completion(
-            text=last.full_text,
-            token_ids=[step.token_id for step in steps],
-            finish=last.finish,
-            stop_reason=last.stop_reason,
-            latencies_ms=[step.latency_ms for step in steps],
-            batch_sizes=[step.batch_size for step in steps],
-            queue_waits_us=[step.queue_wait_us for step in steps],
-        )
-
-    def _step(self, token: Token) -> TokenStep:
-        finish = _FINISH.get(token.finish)
-        stop_reason: str | int | None = None
-        if token.finish is FinishCode.STOP_TOKEN and not self._request.include_stop:
-            stop_reason = token.token_id
+    def step(
+        self, token: Token, include_stop: bool, whole: bool, cancelled: bool, words: TokenizerPool
+    ) -> TokenStep:
+        """`whole`: the full text is wanted although this is not the last step; `cancelled`: it is."""
+        finish = _FINISH.get(token.finish) or (FinishReason.CANCELLED if cancelled else None)
+        stopped = token.finish is FinishCode.STOP_TOKEN
+        if stopped and not include_stop:
             delta = self._detokenizer.finish()
         else:
-            if token.finish is FinishCode.STOP_TOKEN:
-                stop_reason = token.token_id
             delta = self._detokenizer.push(token.token_id, last=finish is not None)
+        stop_reason: str | int | None = token.token_id if stopped else None
         if delta.stop_hit is not None:
             finish, stop_reason = FinishReason.STOP, delta.stop_hit
         self._pieces.append(delta.text)
-        whole = finish is not None or self.context.full_text_frames
-        latency_ms = (token.at - self._previous) * 1e3
-        self._previous = token.at
-        index = self._num_tokens
-        self._num_tokens += 1
+        latency_ms, self._previous = (token.at - self._previous) * 1e3, token.at
+        position, self._num_tokens = self._num_tokens, self._num_tokens + 1
+        self.finished = finish is not None
         return TokenStep(
             token_id=token.token_id,
             text=delta.text,
-            full_text="".join(self._pieces) if whole else "",
-            index=index,
+            full_text="".join(self._pieces) if whole or self.finished else "",
+            index=position,
             latency_ms=latency_ms,
             batch_size=token.batch_size,
             queue_wait_us=token.queue_wait_us,
             finish=finish,
             stop_reason=stop_reason,
+            choice=self.index,
+            logprob=_named(words, token.token_id, token.logprob) if self._logprobs else None,
+            top_logprobs=tuple(_named(words, *entry) for entry in token.top),
         )
+
+
+def _named(words: TokenizerPool, token_id: int, logprob: float) -> TokenLogprob:
+    return TokenLogprob(token_id, words.decode([token_id], skip_special_tokens=False), logprob)
+
+
+class GenerationStream:
+    """The text steps of one request, of all its choices as they come. Iterate it once, or `collect` it."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        flight: Flight,
+        tokenizer: TokenizerPool,
+        request: GenerationRequest,
+        prompt_ids: Sequence[int],
+        context: ReplyContext,
+    ) -> None:
+        self.context = context
+        self._engine = engine
+        self._flight = flight
+        self._tokenizer = tokenizer
+        self._request = request
+        self._choices = [self._choice(index, prompt_ids) for index in range(request.sampling.branches)]
+
+    def _choice(self, index: int, prompt_ids: Sequence[int]) -> _Choice:
+        request = self._request
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer,
+            prompt_ids,
+            skip_special_tokens=request.skip_special_tokens,
+            stop=request.stop,
+            include_stop=request.include_stop,
+        )
+        return _Choice(index, detokenizer, self._flight.arrival, request.sampling.logprobs >= 0)
+
+    async def __aiter__(self) -> AsyncIterator[TokenStep]:
+        whole, left = self.context.full_text_frames, len(self._choices)
+        while left:
+            token = await self._flight.next()
+            choice = self._choices[token.branch]
+            if choice.finished:
+                continue  # computed before the engine heard of the stop string
+            step = choice.step(
+                token, self._request.include_stop, whole, self._flight.cancelled, self._tokenizer
+            )
+            if choice.finished:
+                left -= 1
+                self._engine.end_branch(self._flight, token.branch)
+            yield step
+
+    async def collect(self) -> list[Completion]:
+        """All choices: as generated, or the most likely first when more were generated than asked for."""
+        steps: list[list[TokenStep]] = [[] for _ in self._choices]
+        async for step in self:
+            steps[step.choice].append(step)
+        completions = [_completion(of_choice) for of_choice in steps]
+        if self._request.n < len(completions):
+            completions.sort(key=lambda completion: -sum(token.logprob for token in completion.logprobs))
+        return completions
+
+
+def _completion(steps: Sequence[TokenStep]) -> Completion:
+    last = steps[-1]
+    assert last.finish is not None
+    return Completion(
+        text=last.full_text,
+        token_ids=[step.token_id for step in steps],
+        finish=last.finish,
+        stop_reason=last.stop_reason,
+        latencies_ms=[step.latency_ms for step in steps],
+        batch_sizes=[step.batch_size for step in steps],
+        queue_waits_us=[step.queue_wait_us for step in steps],
+        logprobs=[step.logprob for step in steps if step.logprob is not None],
+        top_logprobs=[step.top_logprobs for step in steps],
+    )
 
 
 class GenerationService:
@@ -171,10 +244,7 @@ class GenerationService:
         self._admission = Admission(endpoint.max_link_num)
         self._numbers = itertools.count(1)
         self._stopping = False
-
-    @property
-    def accepting(self) -> bool:
-        return not self._stopping and self._engine.available
+        self._tickets: set[_Ticket] = set()
 
     @asynccontextmanager
     async def open(self, request: GenerationRequest) -> AsyncIterator[GenerationStream]:
@@ -182,52 +252,74 @@ class GenerationService:
 
         Raises ServiceUnavailable, GenerationRefused, InvalidRequest or RequestTimeout.
         """
-        arrival = time.monotonic()
-        self._check_accepting()
-        await self._admit()
+        task = asyncio.current_task()
+        assert task is not None
+        ticket = _Ticket(task, time.monotonic(), request.client_id)
+        self._tickets.add(ticket)
+        admitted = False
         try:
-            self._check_accepting()  # the wait may have been long
-            prompt_ids = self._fit(await self._encode(request))
-            flight = await self._submit(request, prompt_ids, arrival)
             try:
-                yield self._stream(request, flight, prompt_ids)
-            finally:
-                self._engine.close(flight)
+                self._check_accepting()
+                await self._admission.enter()
+                admitted = True
+                self._check_accepting()  # the wait may have been long
+                prompt_ids = self._fit(await self._encode(request), request.keep_last)
+                ticket.flight = await self._submit(request, prompt_ids, ticket.arrival)
+            except asyncio.CancelledError:
+                if ticket.verdict is not None:
+                    raise ticket.verdict from None
+                raise
+            yield self._stream(request, ticket.flight, prompt_ids)
         finally:
-            self._admission.leave()
+            self._tickets.discard(ticket)
+            if ticket.flight is not None:
+                self._engine.close(ticket.flight)
+            if admitted:
+                self._admission.leave()
+
+    async def count_tokens(self, asked: CountRequest) -> bytes:
+        """The answer of /v1/tokenizer."""
+        if len(asked.text) < _INLINE_CHARS:
+            return count_tokens(self._tokenizer, asked)
+        return await asyncio.to_thread(count_tokens, self._tokenizer, asked)
+
+    def cancel(self, client_id: str) -> None:
+        """End the running request a client calls `client_id` with what it has. Raises NotFound."""
+        running = [t.flight for t in self._tickets if t.client_id == client_id and t.flight is not None]
+        if not running:
+            raise NotFound("no request of this id is running; it may have ended already")
+        for flight in running:
+            flight.cancelled = True
 
     async def watch_deadlines(self) -> None:
         """Runs for ever: ends requests whose time is up."""
+        limit_s = self._settings.e2e_timeout_s
         while True:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
-            for flight in self._engine.flights():
-                if now - flight.arrival > self._settings.e2e_timeout_s:
-                    cause = f"no end within e2eTimeout = {self._settings.e2e_timeout_s} s"
-                elif now - flight.last_token > flight.token_limit_s:
-                    cause = (
-                        f"no token within {flight.token_limit_s:g} s (tokenTimeout, or the request's timeout)"
-                    )
-                else:
-                    continue
-                self._engine.close(flight)
-                flight.fail(RequestTimeout(f"{_TIMEOUT}: {cause}"))
+            for ticket in list(self._tickets):
+                age, flight = now - ticket.arrival, ticket.flight
+                if age > limit_s + _STALL_S:
+                    ticket.task.cancel()  # its end cannot be written: the client does not read
+                elif age > limit_s:
+                    ticket.end(RequestTimeout(f"{_TIMEOUT}: no end within e2eTimeout = {limit_s} s"))
+                elif flight is not None and now - flight.last_token > flight.token_limit_s:
+                    allowed = f"{flight.token_limit_s:g} s (tokenTimeout, or the request's timeout)"
+                    ticket.end(RequestTimeout(f"{_TIMEOUT}: no token within {allowed}"))
 
     def stop_accepting(self) -> None:
         self._stopping = True
 
     async def drained(self, deadline_s: float) -> None:
         """Wait for running requests; what is left at the deadline ends with an error event."""
-        until = time.monotonic() + deadline_s
-        while self._admission.running and time.monotonic() < until:
-            await asyncio.sleep(0.02)
-        for flight in self._engine.flights():
-            self._engine.close(flight)
-            flight.fail(
-                ServiceUnavailable("the service was stopped before this request ended; send it again")
-            )
-        until = time.monotonic() + 1.0
-        while self._admission.running and time.monotonic() < until:
+        await self._until_empty(deadline_s)
+        for ticket in list(self._tickets):
+            ticket.end(ServiceUnavailable("the service was stopped before this request ended; send it again"))
+        await self._until_empty(_LAST_FRAMES_S)
+
+    async def _until_empty(self, limit_s: float) -> None:
+        until = time.monotonic() + limit_s
+        while self._tickets and time.monotonic() < until:
             await asyncio.sleep(0.01)
 
     # -- the parts of open --------------------------------------------------------------------------
@@ -242,15 +334,6 @@ class GenerationService:
                 "the model is not ready; see /v2/health/live for the progress", retry_after_s=5
             )
 
-    async def _admit(self) -> None:
-        if self._admission.try_enter():
-            return
-        limit_s = self._settings.e2e_timeout_s
-        try:
-            await asyncio.wait_for(self._admission.wait_turn(), limit_s)
-        except asyncio.TimeoutError:
-            raise RequestTimeout(f"{_TIMEOUT}: waited {limit_s} s (e2eTimeout) for a place") from None
-
     async def _encode(self, request: GenerationRequest) -> Sequence[int]:
         if isinstance(request.prompt, str):
             return await self._tokenizer.encode_async(request.prompt)
@@ -264,7 +347,10 @@ class GenerationService:
                 )
         return request.prompt
 
-    def _fit(self, ids: Sequence[int]) -> Sequence[int]:
+    def _fit(self, ids: Sequence[int], keep_last: int | None) -> Sequence[int]:
+        check_token_count(len(ids))
+        if keep_last is not None:
+            ids = ids[-keep_last:]
         limit = self.info.max_prompt_tokens
         if not ids:
             raise GenerationRefused("the prompt encodes to no tokens; send some text")
@@ -293,18 +379,12 @@ class GenerationService:
     def _stream(
         self, request: GenerationRequest, flight: Flight, prompt_ids: Sequence[int]
     ) -> GenerationStream:
-        detokenizer = IncrementalDetokenizer(
-            self._tokenizer,
-            prompt_ids,
-            skip_special_tokens=request.skip_special_tokens,
-            stop=request.stop,
-            include_stop=request.include_stop,
-        )
         context = ReplyContext(
             request_number=next(self._numbers),
             model=self.info,
             prompt_tokens=len(prompt_ids),
             prompt_text=request.prompt if isinstance(request.prompt, str) else "",
             full_text_frames=self._settings.full_text,
+            prompt_ids=prompt_ids,
         )
-        return GenerationStream(flight, detokenizer, request, context)
+        return GenerationStream(self._engine, flight, self._tokenizer, request, prompt_ids, context)

@@ -20,6 +20,7 @@ MAX_PROMPT_TOKENS = 1_048_576
 MAX_PROMPT_UNITS = 4_194_304  # UTF-16 code units of one prompt
 _MAX_STOP_UNITS = 32_768  # of one stop string sent alone, and of a whole list
 _MAX_STOP_ITEM_UNITS = 1_024
+_MAX_STOP_IDS = 1_024
 _SHOWN_CHARACTERS = 60
 _FUNCTION_NAME = re.compile(r"[A-Za-z0-9_\-\u4e00-\u9fff]{1,64}")
 FUNCTION_NAME_RULE = "1 to 64 letters, digits, `_`, `-` or Chinese characters"
@@ -66,7 +67,28 @@ def show(value: Any) -> str:
 
 
 def utf16_units(text: str) -> int:
-    return len(text) if text.isascii() else len(text) + sum(char > "\uffff" for char in text)
+    return len(text) if text.isascii() else len(text.encode("utf-16-le", "surrogatepass")) // 2
+
+
+def is_larger(value: Any, limit: int) -> bool:
+    """Whether a JSON value is larger than `limit`: the UTF-16 code units of all its strings, and 1 per value.
+
+    Stops as soon as that is known, so a small limit is cheap to ask for.
+    """
+    rest = [value]
+    while rest:
+        item = rest.pop()
+        limit -= 1
+        if isinstance(item, str):
+            limit -= len(item) if len(item) > limit else utf16_units(item)
+        elif isinstance(item, Mapping):
+            rest.extend(item)
+            rest.extend(item.values())
+        elif isinstance(item, list | tuple):
+            rest.extend(item)
+        if limit < 0:
+            return True
+    return False
 
 
 class Fields:
@@ -81,6 +103,10 @@ class Fields:
 
     def raw(self, name: str) -> Any:
         return self._body.get(name)
+
+    def path(self, name: str) -> str:
+        """The member's name as error texts have it."""
+        return self._prefix + name
 
     def error(self, name: str, wanted: str, advice: str = "correct it or leave it out") -> InvalidRequest:
         value = self.raw(name)
@@ -157,17 +183,21 @@ def refuse_unsupported(fields: Fields, asked: Mapping[str, bool]) -> None:
             raise fields.unsupported(name)
 
 
-def stop_strings(fields: Fields) -> tuple[str, ...]:
-    """`stop`: one string, or a list of them."""
+def stop_strings(
+    fields: Fields, max_units: int = _MAX_STOP_UNITS, max_items: int | None = None
+) -> tuple[str, ...]:
+    """`stop`: one string of up to `max_units` code units, or a list of up to `max_items` of them."""
     value = fields.raw("stop")
     if value is None:
         return ()
     if isinstance(value, str):
-        if not value or utf16_units(value) > _MAX_STOP_UNITS:
-            raise fields.error("stop", f"a string of 1 to {_MAX_STOP_UNITS} characters, or a list of strings")
+        if not value or utf16_units(value) > max_units:
+            raise fields.error("stop", f"a string of 1 to {max_units} characters, or a list of strings")
         return (value,)
     if not isinstance(value, list):
         raise fields.error("stop", "a non-empty string or a list of non-empty strings")
+    if max_items is not None and len(value) > max_items:
+        raise fields.error("stop", f"a list of at most {max_items} strings", "send fewer")
     total = 0
     for item in value:
         units = utf16_units(item) if isinstance(item, str) else 0
@@ -186,7 +216,12 @@ def stop_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
         return ()
     if not all(type(item) is int for item in value):
         raise fields.error("stop_token_ids", "an array of integers")
-    return tuple(dict.fromkeys(item for item in value if 0 <= item < vocab_size))
+    distinct = tuple(dict.fromkeys(item for item in value if 0 <= item < vocab_size))
+    if len(distinct) > _MAX_STOP_IDS:
+        raise fields.error(
+            "stop_token_ids", f"an array of at most {_MAX_STOP_IDS} different ids", "send fewer"
+        )
+    return distinct
 
 
 def token_ids(fields: Fields, name: str, vocab_size: int, legal: Range | None = None) -> tuple[int, ...]:
@@ -205,8 +240,8 @@ def token_ids(fields: Fields, name: str, vocab_size: int, legal: Range | None = 
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
         raise GenerationRefused(
-            f"`{name}` holds the token id {show(wrong)}, but ids must be in [0, {vocab_size - 1}]; "
-            "send ids of this model's vocabulary"
+            f"`{fields.path(name)}` holds the token id {show(wrong)}, but ids must be in "
+            f"[0, {vocab_size - 1}]; send ids of this model's vocabulary"
         )
     return tuple(value)
 
@@ -217,6 +252,14 @@ def checked_prompt_text(fields: Fields, name: str, text: str) -> str:
     if len(text) > MAX_PROMPT_UNITS // 2 and utf16_units(text) > MAX_PROMPT_UNITS:
         raise InvalidRequest(f"`{name}` is longer than {MAX_PROMPT_UNITS} characters; shorten it")
     return text
+
+
+def check_token_count(count: int) -> None:
+    """Refuse a prompt whose text has become more tokens than any prompt may have. Raises InvalidRequest."""
+    if count > MAX_PROMPT_TOKENS:
+        raise InvalidRequest(
+            f"the prompt has {count} tokens, but must have at most {MAX_PROMPT_TOKENS}; shorten it"
+        )
 
 
 def joined_text(value: Any, where: str) -> str:

@@ -65,6 +65,7 @@ class GenerationRequest:
     priority: int = 5  # 1 (first) .. 5 (last)
     timeout_s: int | None = None  # the client's own limit between two tokens
     client_id: str | None = None  # the client's name for it, by which it can be stopped
+    keep_last: int | None = None  # use only so many tokens at the prompt's end (TGI's `truncate`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class ReplyContext:
     prompt_tokens: int
     prompt_text: str  # for return_full_text and echo; empty for token-id prompts
     full_text_frames: bool  # config fullTextEnabled
+    prompt_ids: Sequence[int] = ()  # what the model is fed: prompt_tokens ids, for TGI's `prefill`
 
 
 class Reply(Protocol):
@@ -140,7 +142,11 @@ class Reply(Protocol):
         """The frames that end a stream which has already begun."""
 
     def result(self, completions: Sequence[Completion]) -> bytes:
-        """The JSON body of a non-stream answer; `request.n` choices, in the order they are returned."""
+        """The JSON body of a non-stream answer.
+
+        `completions`: the `request.n` choices in the order in which they are returned, then the candidates
+        that were not chosen, which only usage counts.
+        """
 
 
 class ProtocolAdapter(Protocol):

@@ -10,11 +10,11 @@ from endpoint.validation import (
     MAX_PROMPT_UNITS,
     Fields,
     function_name,
+    is_larger,
     joined_text,
     objects,
     required_text,
     show,
-    utf16_units,
 )
 from engine.errors import InvalidRequest
 
@@ -27,7 +27,7 @@ def chat_messages(fields: Fields) -> list[Message]:
     if not value:
         raise fields.error("messages", "a non-empty array of messages", "send at least one message")
     messages = [_message(item, f"messages[{i}]") for i, item in enumerate(objects(value, "messages"))]
-    if sum(utf16_units(message["content"]) for message in messages) > MAX_PROMPT_UNITS:
+    if is_larger(messages, MAX_PROMPT_UNITS):
         raise InvalidRequest(f"`messages` are longer than {MAX_PROMPT_UNITS} characters in all; shorten them")
     return messages
 
@@ -63,7 +63,8 @@ def _assistant(message: Message, where: str) -> None:
         if not message["content"]:
             raise InvalidRequest(f"`{where}.content` is empty; send text, or leave the message out")
         return
-    message["content"] = joined_text(message.get("content") or "", f"{where}.content")
+    content = message.get("content")
+    message["content"] = "" if content is None else joined_text(content, f"{where}.content")
     where = f"{where}.tool_calls"
     message["tool_calls"] = [
         _tool_call(call, f"{where}[{i}]") for i, call in enumerate(objects(calls, where))

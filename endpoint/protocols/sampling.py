@@ -9,6 +9,7 @@ from endpoint.validation import NOT_NEGATIVE, POSITIVE, UNIT_ABOVE_ZERO, Range
 from engine.sampling_params import SamplingParams
 
 _TOP_K_CAP = 1000  # of models whose generation config names no top_k
+_REPETITION = Range(1e-6, 1e6)  # beyond, logits leave the range of float32
 _MIN_TEMPERATURE = 1e-3  # below it logits / temperature leaves the range of float16
 
 
@@ -34,15 +35,15 @@ def resolve_sampling(
     frequency_penalty: float | None = None,
     stop_token_ids: tuple[int, ...] = (),
     ignore_eos: bool = False,
+    branches: int = 1,
 ) -> SamplingParams:
     """Fill in what a checked request left open; None = not sent. top_k -1 and 0 both mean off.
 
     A top_k above the model's cap is lowered to it.
     """
-    model_samples = model.generation_defaults.get("do_sample") is True
     if do_sample is None:
-        asked = any(value is not None for value in (temperature, top_k, top_p))
-        do_sample = asked or model_samples
+        asked = branches > 1 or any(value is not None for value in (temperature, top_k, top_p))
+        do_sample = asked or model.generation_defaults.get("do_sample") is True
     if temperature == 0:
         do_sample = False
 
@@ -51,11 +52,11 @@ def resolve_sampling(
     if do_sample:
         model_top_k = int(_model_default(model, "top_k", NOT_NEGATIVE, 0))
         if temperature is None:
-            temperature = _model_default(model, "temperature", POSITIVE, 1.0) if model_samples else 1.0
+            temperature = _model_default(model, "temperature", POSITIVE, 1.0)
         if top_p is None:
-            top_p = _model_default(model, "top_p", UNIT_ABOVE_ZERO, 1.0) if model_samples else 1.0
+            top_p = _model_default(model, "top_p", UNIT_ABOVE_ZERO, 1.0)
         if top_k is None:
-            top_k = model_top_k if model_samples else 0
+            top_k = model_top_k
         temperature = max(temperature, _MIN_TEMPERATURE)
         top_k = min(max(top_k, 0), model_top_k or _TOP_K_CAP, model.vocab_size)
     return SamplingParams(
@@ -64,9 +65,10 @@ def resolve_sampling(
         top_k=(top_k or 0) if do_sample else 0,
         top_p=float(top_p or 1.0) if do_sample else 1.0,
         seed=secrets.randbits(63) if seed is None else seed,
-        repetition_penalty=float(repetition_penalty),
+        repetition_penalty=min(max(float(repetition_penalty), _REPETITION.low), _REPETITION.high),
         presence_penalty=presence_penalty or 0.0,
         frequency_penalty=frequency_penalty or 0.0,
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
+        branches=branches,
     )

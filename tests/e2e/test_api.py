@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -194,7 +195,11 @@ def test_penalties_reach_the_sampler(server: Daemon) -> None:
         ("/v1/chat/completions", {"max_tokens": 0}, 422, ["max_tokens", "2147483647"]),
         ("/v1/chat/completions", {"max_tokens": True}, 422, ["max_tokens"]),
         ("/v1/chat/completions", {"seed": -1}, 422, ["seed"]),
-        ("/v1/chat/completions", {"n": 2}, 422, ["n", "not supported"]),
+        ("/v1/chat/completions", {"n": 0}, 422, ["n", "1"]),
+        ("/v1/chat/completions", {"n": 51}, 422, ["n", "50"]),
+        ("/v1/chat/completions", {"n": 2, "temperature": 0}, 422, ["temperature"]),
+        ("/v1/chat/completions", {"tools": [{}]}, 422, ["tools"]),
+        ("/v1/completions", {"use_beam_search": True, "min_p": 0.5}, 422, ["min_p", "use_beam_search"]),
         ("/v1/chat/completions", {"stream": 1}, 422, ["stream"]),
         ("/v1/chat/completions", {"stop": [""]}, 422, ["stop"]),
         ("/v1/chat/completions", {"temperature": 5e400}, 422, []),
@@ -238,6 +243,16 @@ def test_bad_bodies_name_field_and_range_and_harm_nobody(
 def test_bodies_that_are_no_json_object(server: Daemon, raw: bytes) -> None:
     answer = server.post("/v1/completions", raw)
     assert answer.status == 422 and answer.json()["error_type"] == "Input Validation Error"
+    assert server.post("/v1/completions", COMPLETION).status == 200
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_compressed_bodies_are_refused(server: Daemon, encoding: str) -> None:
+    connection = server.connect()
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/completions", b"no such thing", {"Content-Encoding": encoding})
+        response = connection.getresponse()
+        assert response.status == 422 and "Content-Encoding" in json.loads(response.read())["error"]
     assert server.post("/v1/completions", COMPLETION).status == 200
 
 
@@ -350,6 +365,14 @@ def test_no_prompt_and_no_answer_in_any_log(make_daemon: MakeDaemon) -> None:
     assert answer.status == 200
     daemon.post("/v1/completions", {**COMPLETION, "prompt": marker, "top_p": marker})
     daemon.post("/v1/completions", f'{{"prompt": "{marker}", '.encode())
+    # what aiohttp cannot parse it quotes in its own log
+    for head in ("Transfer-Encoding: chunked", f"Authorization: Bearer {marker}\x01\r\nContent-Length: 0"):
+        with socket.create_connection((HOST, daemon.port), timeout=10) as sock:
+            request = (
+                f'POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n{{"prompt": "{marker}"}}\r\n'
+            )
+            sock.sendall(request.encode())
+            sock.recv(65536)
     assert daemon.stop() == 0
     text = answer.json()["choices"][0]["text"]
     assert marker not in daemon.stderr and text[:20] not in daemon.stderr

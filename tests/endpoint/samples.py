@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
-from endpoint.protocols.base import Completion, FinishReason, ModelInfo, Reply, ReplyContext, TokenStep
+from endpoint.protocols.base import (
+    Completion,
+    FinishReason,
+    ModelInfo,
+    Reply,
+    ReplyContext,
+    TokenLogprob,
+    TokenStep,
+)
 
 VOCAB = 32_000
 MAX_ITER_TIMES = 512
@@ -26,9 +36,14 @@ def model_info(name: str = "llama", **generation_defaults: Any) -> ModelInfo:
 
 
 def context(
-    number: int = 10, prompt_tokens: int = 24, full_text: bool = False, model: str = "llama"
+    number: int = 10,
+    prompt_tokens: int = 24,
+    full_text: bool = False,
+    model: str = "llama",
+    prompt_text: str = "",
+    prompt_ids: Sequence[int] = (),
 ) -> ReplyContext:
-    return ReplyContext(number, model_info(model), prompt_tokens, "", full_text)
+    return ReplyContext(number, model_info(model), prompt_tokens, prompt_text, full_text, prompt_ids)
 
 
 def steps(
@@ -38,8 +53,9 @@ def steps(
     queue_waits_us: Sequence[int] | None = None,
     finish: FinishReason = FinishReason.LENGTH,
     stop_reason: str | int | None = None,
+    logprobs: Sequence[tuple[str, float, Sequence[tuple[str, float]]]] = (),
 ) -> list[TokenStep]:
-    """One step per text; the last one carries `finish`."""
+    """One step per text; the last one carries `finish`. `logprobs`: token text, logprob and top ones."""
     count = len(texts)
     return [
         TokenStep(
@@ -52,6 +68,8 @@ def steps(
             queue_wait_us=queue_waits_us[index] if queue_waits_us else 7,
             finish=finish if index == count - 1 else None,
             stop_reason=stop_reason if index == count - 1 else None,
+            logprob=TokenLogprob(0, *logprobs[index][:2]) if logprobs else None,
+            top_logprobs=tuple(TokenLogprob(0, *top) for top in logprobs[index][2]) if logprobs else (),
         )
         for index, text in enumerate(texts)
     ]
@@ -68,7 +86,15 @@ def completion(of: Sequence[TokenStep]) -> Completion:
         latencies_ms=[step.latency_ms for step in of],
         batch_sizes=[step.batch_size for step in of],
         queue_waits_us=[step.queue_wait_us for step in of],
+        logprobs=[step.logprob for step in of if step.logprob is not None],
+        top_logprobs=[step.top_logprobs for step in of if step.logprob is not None],
     )
+
+
+def interleaved(choices: Sequence[Sequence[TokenStep]]) -> list[TokenStep]:
+    """The steps of several choices as a stream has them: the first of each, the second of each, ..."""
+    rounds = zip_longest(*([replace(step, choice=i) for step in of] for i, of in enumerate(choices)))
+    return [step for turn in rounds for step in turn if step is not None]
 
 
 def stream(reply: Reply, of: Sequence[TokenStep]) -> list[str]:

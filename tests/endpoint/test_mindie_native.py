@@ -163,12 +163,12 @@ def test_the_stream_of_the_manual() -> None:
 def test_details_are_null_in_a_stream_and_absent_in_an_answer_unless_asked_for() -> None:
     answer = steps(["a", "b"])
     assert payload(stream(reply({"inputs": "hi"}), answer)[-1])["details"] is None
-    assert json.loads(reply({"inputs": "hi"}).result(completion(answer))) == {"generated_text": "ab"}
+    assert json.loads(reply({"inputs": "hi"}).result([completion(answer)])) == {"generated_text": "ab"}
 
 
 def test_the_answer_of_the_manual() -> None:
     body = {"inputs": "hi", "parameters": {"details": True, "seed": 846930886}}
-    assert json.loads(reply(body).result(completion(steps(["am a", " French"])))) == {
+    assert json.loads(reply(body).result([completion(steps(["am a", " French"]))])) == {
         "generated_text": "am a French",
         "details": {"finish_reason": "length", "generated_tokens": 2, "seed": 846930886},
     }
@@ -177,7 +177,7 @@ def test_the_answer_of_the_manual() -> None:
 def test_the_reported_seed_is_the_one_used() -> None:
     body = {"inputs": "hi", "parameters": {"details": True, "temperature": 1.0}}
     request = parse(body)
-    answer = ADAPTER.reply(request, body, context()).result(completion(steps(["a"])))
+    answer = ADAPTER.reply(request, body, context()).result([completion(steps(["a"]))])
     assert json.loads(answer)["details"]["seed"] == request.sampling.seed
 
 
@@ -209,7 +209,7 @@ def test_finish_reasons(finish: FinishReason, worded: str) -> None:
     body = {"inputs": "hi", "parameters": {"details": True}}
     answer = steps(["a", ""], finish=finish)
     assert payload(stream(reply(body), answer)[-1])["details"]["finish_reason"] == worded
-    assert json.loads(reply(body).result(completion(answer)))["details"]["finish_reason"] == worded
+    assert json.loads(reply(body).result([completion(answer)]))["details"]["finish_reason"] == worded
 
 
 def test_an_error_ends_the_stream_without_a_terminator() -> None:

@@ -11,8 +11,9 @@ import pytest
 from endpoint.protocols.base import Body, ChatPrompt, FinishReason, GenerationRequest
 from endpoint.protocols.openai_chat import OpenAIChat
 from endpoint.protocols.registry import load_adapters
+from endpoint.protocols.triton import MODEL_PATH
 from engine.errors import EngineFailed, InvalidRequest
-from tests.endpoint.samples import completion, context, model_info, payload, steps, stream
+from tests.endpoint.samples import completion, context, interleaved, model_info, payload, steps, stream
 
 ADAPTER = OpenAIChat()
 MESSAGES = [{"role": "user", "content": "You are a helpful assistant."}]
@@ -25,7 +26,8 @@ def parse(**members: Any) -> GenerationRequest:
 
 
 def reply(body: Body | None = None, **kwargs: Any) -> Any:
-    return ADAPTER.reply(parse(), body or {}, context(**kwargs))
+    members = body or {}
+    return ADAPTER.reply(parse(**members), members, context(**kwargs))
 
 
 def with_fixed_time(frame: str) -> str:
@@ -105,8 +107,10 @@ def test_what_goes_to_the_template() -> None:
     assert prompt.template_kwargs == {"enable_thinking": False, "x": 1} and not prompt.add_generation_prompt
 
 
+FUNCTION = {"type": "function", "function": {"name": "get_天气", "parameters": {}}}
 HARMLESS: list[dict[str, Any]] = [
     {"n": 1, "best_of": 1, "use_beam_search": False, "logprobs": False, "min_p": 0, "min_tokens": 0},
+    {"tools": [FUNCTION], "tool_choice": "none"},
     {"logit_bias": {}, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}},
     {"tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": False},
     {"top_k": 0, "top_p": 1, "temperature": 0, "stop": [], "continue_final_message": False},
@@ -175,28 +179,19 @@ def test_a_wrong_type_or_range_is_refused_by_name(field: str, value: Any) -> Non
         ({"n": 2, "temperature": 0}, "temperature"),
         ({"best_of": 2, "temperature": 0}, "temperature"),
         ({"use_beam_search": True, "max_tokens": 129}, "max_tokens"),
+        ({"use_beam_search": True, "max_completion_tokens": 129, "max_tokens": 5}, "max_completion_tokens"),
+        ({"use_beam_search": True, "response_format": {"type": "json_object"}}, "response_format"),
         ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
     ],
 )
 def test_forbidden_combinations(members: dict[str, Any], field: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"`{field}`"):
+    with pytest.raises(InvalidRequest, match=f"`{field}`.*must be"):
         parse(**members)
-
-
-FUNCTION = {"type": "function", "function": {"name": "get_天气", "parameters": {}}}
 
 
 @pytest.mark.parametrize(
     ("members", "field"),
     [
-        ({"n": 2}, "n"),
-        ({"best_of": 2}, "best_of"),
-        ({"use_beam_search": True}, "use_beam_search"),
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"logit_bias": {"5": -100}}, "logit_bias"),
-        ({"min_p": 0.1}, "min_p"),
-        ({"min_tokens": 1}, "min_tokens"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}},
@@ -285,12 +280,12 @@ def test_full_text_frames() -> None:
 def test_finish_reasons(finish: FinishReason, worded: str) -> None:
     answer = steps(["a", ""], finish=finish)
     assert payload(stream(reply(), answer)[-2])["choices"][0]["finish_reason"] == worded
-    assert json.loads(reply().result(completion(answer)))["choices"][0]["finish_reason"] == worded
+    assert json.loads(reply().result([completion(answer)]))["choices"][0]["finish_reason"] == worded
 
 
 def test_the_whole_answer() -> None:
     answer = steps(MANUAL_TEXTS, latencies_ms=[45.5449, 16.8, 1.0, 2.0, 3.006], queue_waits_us=MANUAL_WAITS)
-    body = json.loads(reply(number=8).result(completion(answer)))
+    body = json.loads(reply(number=8).result([completion(answer)]))
     assert body.pop("created") >= model_info().created
     assert body == {
         "id": "endpoint_common_8",
@@ -332,5 +327,133 @@ def test_adapters_are_registered() -> None:
     assert routes == {
         "openai_chat": ("/v1/chat/completions",),
         "openai_completions": ("/v1/completions",),
+        "vllm_generate": ("/generate",),
+        "tgi_generate": ("/generate",),
+        "tgi_generate_stream": ("/generate_stream",),
+        "tgi_root": ("/",),
+        "triton_generate": (f"{MODEL_PATH}/generate",),
+        "triton_generate_stream": (f"{MODEL_PATH}/generate_stream",),
+        "triton_infer": (f"{MODEL_PATH}/infer",),
         "mindie_native": ("/infer", "/infer_token"),
     }
+
+
+# -- what the engine may not serve yet ---------------------------------------------------------------
+
+MANUAL = {
+    "stream": True,
+    "presence_penalty": 1.03,
+    "frequency_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    "temperature": 0.5,
+    "top_p": 0.95,
+    "top_k": 1,
+    "seed": 1,
+    "max_tokens": 5,
+    "n": 2,
+    "best_of": 2,
+}
+
+
+def test_the_stream_of_the_manual_with_two_choices() -> None:
+    request = parse(**MANUAL)
+    assert (request.n, request.sampling.branches, request.sampling.logprobs) == (2, 2, -1)
+    one = steps(MANUAL_TEXTS, queue_waits_us=MANUAL_WAITS)
+    frames = [with_fixed_time(frame) for frame in stream(reply(MANUAL), interleaved([one, one]))]
+    alone = [with_fixed_time(frame) for frame in stream(reply(), one)]
+    expected = [frame.replace('"index":0', f'"index":{index}') for frame in alone[:-1] for index in range(2)]
+    assert frames == [*expected, "data: [DONE]\n\n"]
+
+
+def test_totals_are_over_all_choices() -> None:
+    body = {**MANUAL, "stream_options": {"include_usage": True}}
+    frames = stream(reply(body), interleaved([steps(["a", "b", "c"]), steps(["d"])]))
+    *chunks, totals = [payload(frame) for frame in frames[:-1]]
+    assert all("usage" not in chunk for chunk in chunks)
+    assert totals["usage"]["completion_tokens"] == len(totals["usage"]["batch_size"]) == 4
+    assert totals["usage"]["total_tokens"] == 28
+
+
+def test_a_whole_answer_with_two_choices() -> None:
+    answers = [
+        completion(steps(["a", "b"], latencies_ms=[3.0, 1.0])),
+        completion(steps(["c"], latencies_ms=[9.0], finish=FinishReason.EOS)),
+    ]
+    body = json.loads(reply({"n": 2}).result(answers))
+    assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in body["choices"]] == [
+        (0, "ab", "length"),
+        (1, "c", "stop"),
+    ]
+    assert body["usage"]["completion_tokens"] == 3 and len(body["usage"]["queue_wait_time"]) == 3
+    assert body["prefill_time"] == 3.0 and body["decode_time_arr"] == [1.0]
+
+
+def test_a_streamed_beam_search_is_one_frame_per_choice() -> None:
+    body = {"n": 2, "use_beam_search": True, "stream": True}
+    sampling = parse(**body).sampling
+    assert (sampling.branches, sampling.beam_search, sampling.max_tokens) == (2, True, 128)
+    answer = reply(body)
+    answers = [completion(steps(["a", "b"])), completion(steps(["c"], finish=FinishReason.EOS))]
+    frames = [payload(frame.decode()) for frame in answer.beam_frames(answers)]
+    assert [frame["choices"][0]["delta"]["content"] for frame in frames] == ["ab", "c"]
+    assert [frame["choices"][0]["index"] for frame in frames] == [0, 1]
+    assert [frame["choices"][0]["finish_reason"] for frame in frames] == ["length", "stop"]
+    assert [frame["usage"]["completion_tokens"] for frame in frames] == [2, 1]
+    assert answer.tail() == (b"data: [DONE]\n\n",)
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"n": 3}, {"branches": 3, "temperature": 1.0}),
+        ({"best_of": 3}, {"branches": 3, "temperature": 1.0, "logprobs": 0}),
+        ({"best_of": 3, "logprobs": True, "top_logprobs": 2}, {"branches": 3, "logprobs": 2}),
+        ({"logprobs": True}, {"logprobs": 0, "temperature": 0.0}),
+        ({"top_logprobs": 20}, {"logprobs": 20}),
+        ({"logprobs": False}, {"logprobs": -1}),
+        ({"use_beam_search": True}, {"branches": 1, "beam_search": True, "max_tokens": 128}),
+        (
+            {"use_beam_search": True, "n": 2, "best_of": 1, "temperature": 0, "top_p": 0.5, "max_tokens": 9},
+            {"branches": 2, "beam_search": True, "temperature": 0.0, "top_p": 1.0, "max_tokens": 9},
+        ),
+        ({"use_beam_search": True, "n": 2, "temperature": 1}, {"temperature": 0.0}),
+        ({"min_p": 0.25, "min_tokens": 3}, {"min_p": 0.25, "min_tokens": 3}),
+        ({"min_tokens": 10**30, "max_tokens": 7}, {"min_tokens": 7}),
+        ({"logit_bias": {"5": -100, "0": 2.5}}, {"logit_bias": ((5, -100.0), (0, 2.5))}),
+    ],
+)
+def test_what_the_engine_is_asked_for(members: dict[str, Any], expected: dict[str, Any]) -> None:
+    sampling = parse(**members).sampling
+    assert {name: getattr(sampling, name) for name in expected} == expected
+
+
+def test_a_bias_for_a_token_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="32000"):
+        parse(logit_bias={"32000": 1})
+
+
+CHOSEN = [
+    ("You", -0.12, [("You", -0.12), ("I", -2.5)]),
+    ("你", -1.0, [("He", -0.5), ("你", -1.0)]),
+]
+
+
+@pytest.mark.parametrize(("body", "count"), [({"logprobs": True}, 0), ({"top_logprobs": 2}, 2)])
+def test_logprobs(body: Body, count: int) -> None:
+    answer = steps(["You", "你"], logprobs=CHOSEN)
+    content = json.loads(reply(body).result([completion(answer)]))["choices"][0]["logprobs"]["content"]
+    first, second = content
+    assert (first["token"], first["logprob"], first["bytes"]) == ("You", -0.12, [89, 111, 117])
+    assert second["bytes"] == list("你".encode())
+    assert [top["token"] for top in second["top_logprobs"]] == ["He", "你"][:count]
+    assert all(set(top) == {"token", "logprob", "bytes"} for top in first["top_logprobs"])
+    frames = [
+        payload(frame)["choices"][0]["logprobs"]["content"] for frame in stream(reply(body), answer)[:-1]
+    ]
+    assert frames == [[first], [second]]
+
+
+def test_logprobs_are_null_unless_asked_for_even_if_they_are_known() -> None:
+    answer = steps(["You", "你"], logprobs=CHOSEN)
+    assert json.loads(reply().result([completion(answer)]))["choices"][0]["logprobs"] is None
+    assert [payload(f)["choices"][0]["logprobs"] for f in stream(reply(), answer)[:-1]] == [None, None]

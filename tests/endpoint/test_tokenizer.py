@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from endpoint.protocols.base import ChatPrompt
-from endpoint.tokenizer import TokenizerPool
+from endpoint.tokenizer import TokenizerPool, _SpecialText
 from engine.errors import EXIT_INIT, InvalidRequest, StartupError
 from tests.endpoint import tiny_tokenizers
 
@@ -27,8 +29,8 @@ def make(directory: Path, family: str = "byte_level", **config: Any) -> Tokenize
     )
 
 
-def user(content: str, **more: Any) -> ChatPrompt:
-    return ChatPrompt(messages=[{"role": "user", "content": content}], **more)
+def user(content: str, name: str = "", **more: Any) -> ChatPrompt:
+    return ChatPrompt(messages=[{"role": "user", "content": content, "name": name}], **more)
 
 
 def control_ids(pool: TokenizerPool, ids: list[int]) -> list[str | None]:
@@ -52,6 +54,48 @@ def test_short_and_long_texts_are_encoded_alike(tmp_path: Path, family: str) -> 
         assert asyncio.run(pool.encode_async(text)) == pool.encode(text)
         chat = user(text)
         assert asyncio.run(pool.encode_chat_async(chat)) == pool.encode_chat(chat)
+
+
+CALLS = [{"function": {"name": "f", "arguments": {"a": "x" * 3000}}}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "inline"),
+    [
+        (user("x" * 1000), True),
+        (user("x" * 3000), False),
+        (ChatPrompt([{"role": "user", "content": "x"}] * 1000), False),
+        (ChatPrompt([{"role": "assistant", "content": "", "tool_calls": CALLS}]), False),
+        (user("x", name="x" * 3000), False),
+        (user("x", template_kwargs={"y": ["x" * 3000]}), False),
+    ],
+)
+def test_only_small_conversations_are_encoded_on_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: ChatPrompt, inline: bool
+) -> None:
+    pool = make(tmp_path)
+    used: list[int] = []
+    monkeypatch.setattr(pool, "encode_chat", lambda _: used.append(threading.get_ident()) or [])
+    asyncio.run(pool.encode_chat_async(prompt))
+    assert (used == [threading.get_ident()]) is inline
+
+
+@settings(max_examples=300)
+@given(
+    tokens=st.sets(st.text("ab|<", min_size=1, max_size=5), max_size=12), text=st.text("ab|<", max_size=30)
+)
+def test_special_texts_are_found_as_one_alternative_each_would_find_them(tokens: set[str], text: str) -> None:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    plain = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    found: list[str] = []
+    _SpecialText(list(tokens)).replace(text, lambda token: found.append(token) or "")
+    assert found == plain.findall(text)
+
+
+def test_hostile_text_costs_no_more_alternatives_than_honest_text() -> None:
+    """Reserved tokens differ in their digits only: a pattern that repeats their beginning is slow."""
+    tokens = [f"<|reserved_special_token_{index}|>" for index in range(250)]
+    assert _SpecialText(tokens)._pattern.pattern.count("reserved") == 1
 
 
 def test_plain_prompts_get_the_default_special_tokens_and_chats_only_the_templates(tmp_path: Path) -> None:

@@ -126,6 +126,13 @@ def test_stop_token_ids_are_merged_and_impossible_ones_dropped() -> None:
             validation.stop_token_ids(Fields({"stop_token_ids": wrong}), VOCAB)
 
 
+def test_stop_token_ids_are_at_most_1024_different_ones() -> None:
+    many = list(range(1024))
+    assert len(validation.stop_token_ids(Fields({"stop_token_ids": many * 3}), VOCAB)) == 1024
+    with pytest.raises(InvalidRequest, match="1024"):
+        validation.stop_token_ids(Fields({"stop_token_ids": [*many, 1024]}), VOCAB)
+
+
 # -- prompts -----------------------------------------------------------------------------------------
 
 
@@ -172,6 +179,35 @@ def test_text_parts_are_joined_without_separator() -> None:
 def test_other_parts_are_refused(parts: Any) -> None:
     with pytest.raises(InvalidRequest, match="inputs"):
         validation.joined_text(parts, "inputs")
+
+
+def test_a_text_of_more_tokens_than_any_prompt_may_have_is_refused() -> None:
+    validation.check_token_count(1_048_576)
+    with pytest.raises(InvalidRequest, match="1048576"):
+        validation.check_token_count(1_048_577)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_the_size_of_a_value_counts_every_string_and_every_value(value: Any) -> None:
+    def size(part: Any) -> int:
+        if isinstance(part, str):
+            return 1 + len(part.encode("utf-16-le")) // 2
+        if isinstance(part, list):
+            return 1 + sum(map(size, part))
+        return (
+            1 + sum(size(name) + size(member) for name, member in part.items())
+            if part and type(part) is dict
+            else 1
+        )
+
+    assert not validation.is_larger(value, size(value))
+    assert validation.is_larger(value, size(value) - 1)
 
 
 def test_a_prompt_has_a_longest_length_in_utf16_units() -> None:
@@ -240,6 +276,10 @@ def test_arguments_that_are_no_object_stay_text() -> None:
         {"role": "assistant", "content": None},
         {"role": "assistant", "content": ""},
         {"role": "assistant", "content": 5},
+        {"role": "assistant", "content": 0, "tool_calls": [CALL]},
+        {"role": "assistant", "content": False, "tool_calls": [CALL]},
+        {"role": "assistant", "content": [], "tool_calls": [CALL]},
+        {"role": "assistant", "content": {}, "tool_calls": [CALL]},
         {"role": "assistant", "content": "", "tool_calls": []},
         {"role": "assistant", "tool_calls": {}},
         {"role": "assistant", "tool_calls": ["x"]},
@@ -258,6 +298,24 @@ def test_arguments_that_are_no_object_stay_text() -> None:
 def test_bad_messages_are_refused_by_place(message: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"`messages\[1\]"):
         messages_of({"role": "user", "content": "hi"}, message)
+
+
+def big_call(size: int) -> dict[str, Any]:
+    return {**CALL, "function": {"name": "f", "arguments": "x" * size}}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "x" * validation.MAX_PROMPT_UNITS}],
+        [{"role": "assistant", "tool_calls": [big_call(validation.MAX_PROMPT_UNITS)]}],
+        [{"role": "user", "content": "x", "name": "x" * validation.MAX_PROMPT_UNITS}],
+        [{"role": "user", "content": "😀" * (validation.MAX_PROMPT_UNITS // 2)}],
+    ],
+)
+def test_a_conversation_is_limited_wherever_its_text_is(messages: list[Any]) -> None:
+    with pytest.raises(InvalidRequest, match="longer than"):
+        messages_of(*messages)
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "hi", 1])
@@ -306,11 +364,26 @@ def test_the_models_generation_config_fills_in_what_is_not_sent() -> None:
     assert (params.temperature, params.top_k, params.top_p, params.repetition_penalty) == (0.2, 20, 0.8, 1.0)
 
 
-def test_a_generation_config_that_does_not_sample_gives_no_sampling_defaults() -> None:
-    quiet = {**SAMPLES, "do_sample": False}
+@pytest.mark.parametrize("switch", [{"do_sample": False}, {"do_sample": None}])
+def test_a_generation_config_that_does_not_sample_still_has_the_defaults_of_a_request_that_does(
+    switch: dict[str, Any],
+) -> None:
+    quiet = {**SAMPLES, **switch}
     assert resolve(quiet).greedy
-    params = resolve(quiet, top_p=0.5)
-    assert (params.temperature, params.top_k, params.top_p) == (1.0, 0, 0.5)
+    for asked in ({"top_p": 0.5}, {"do_sample": True, "top_p": 0.5}, {"branches": 2, "top_p": 0.5}):
+        params = resolve(quiet, **asked)
+        assert (params.temperature, params.top_k, params.top_p) == (0.7, 20, 0.5)
+
+
+def test_several_candidates_are_sampled() -> None:
+    assert resolve(branches=2).temperature == 1.0 and resolve(branches=2).branches == 2
+    assert resolve(branches=2, do_sample=False).greedy
+
+
+@given(st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+def test_a_repetition_penalty_never_makes_a_logit_infinite(penalty: float) -> None:
+    used = resolve(repetition_penalty=penalty).repetition_penalty
+    assert 1e-6 <= used <= 1e6 and (used == penalty or not 1e-6 <= penalty <= 1e6)
 
 
 @pytest.mark.parametrize("wrong", ["1", -1, None, [], True, math.nan])

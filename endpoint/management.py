@@ -1,0 +1,127 @@
+"""The management plane: health, and what is true now, from state this process already has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from endpoint import metadata
+from endpoint.engine_client import EngineClient
+from endpoint.models_api import check_served
+from endpoint.protocols.base import ModelInfo
+from endpoint.protocols.triton import MODEL_PATH
+from engine.errors import ServiceUnavailable
+from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
+
+
+@dataclass(slots=True)
+class Health:
+    """Written by main.py as things happen.
+
+    `progress`: loading phase per instance, until ready.
+    """
+
+    ready: bool = False
+    stopping: bool = False
+    failed: str | None = None
+    progress: dict[int, str] = field(default_factory=dict)
+
+    def note_progress(self, instance: int, phase: str, fraction: float) -> None:
+        self.progress[instance] = f"{phase} {fraction * 100:.0f} %"
+
+    def verdict(self, loading_status: int) -> tuple[int, str]:
+        """Status and message; the message of a healthy service is empty."""
+        if self.stopping:
+            return 503, "the service is stopping"
+        if self.failed is not None:
+            return 500, self.failed
+        if self.ready:
+            return 200, ""
+        phases = ", ".join(f"instance {i}: {phase}" for i, phase in sorted(self.progress.items()))
+        return loading_status, f"loading; {phases}" if phases else "loading"
+
+
+class ManagementPlane:
+    """Routes of api.md section 11. `info` and `engine` are set once every instance is ready."""
+
+    def __init__(self, settings: EndpointSettings, schedule: ScheduleSettings, model: ModelSettings) -> None:
+        self.health = Health()
+        self.info: ModelInfo | None = None
+        self.engine: EngineClient | None = None
+        self._settings = settings
+        self._schedule = schedule
+        self._model = model
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v2/health/live", self._live),
+            web.get("/v2/health/ready", self._ready),
+            web.get("/health", self._healthy),
+            web.get(f"{MODEL_PATH}/ready", self._model_ready),
+            web.get(f"{MODEL_PATH}/getSlotCount", self._slot_count),
+            web.get("/info", self._tgi_info),
+            web.get("/v1/config", self._config),
+            web.get("/v1/status", self._status),
+            web.get("/v2/status", self._status_v2),
+        ]
+
+    async def _live(self, request: web.Request) -> web.Response:
+        return _answer(*self.health.verdict(loading_status=200))
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        return _answer(*self.health.verdict(loading_status=503))
+
+    async def _healthy(self, request: web.Request) -> web.Response:
+        status, _ = self.health.verdict(loading_status=503)
+        return web.Response(status=status)
+
+    async def _model_ready(self, request: web.Request) -> web.Response:
+        if self.info is not None:
+            check_served(self.info, request.match_info["model"])
+        return await self._healthy(request)
+
+    async def _slot_count(self, request: web.Request) -> web.Response:
+        info, instances = self._now()
+        name, limits = request.match_info["model"], self._schedule
+        return web.json_response(
+            body=metadata.slot_count(info, name, instances, limits.max_batch_size, limits.block_size)
+        )
+
+    async def _tgi_info(self, request: web.Request) -> web.Response:
+        info, instances = self._now()
+        assert self.engine is not None
+        ready = self.engine.limits()
+        return web.json_response(
+            body=metadata.tgi_info(
+                info,
+                ready.device,
+                ready.dtype,
+                self._settings.max_link_num,
+                self._schedule.block_size,
+                sum(instance.total_blocks for instance in instances),
+            )
+        )
+
+    async def _config(self, request: web.Request) -> web.Response:
+        info, _ = self._now()
+        return web.json_response(body=metadata.server_config(info, self._model, self._schedule.block_size))
+
+    async def _status(self, request: web.Request) -> web.Response:
+        _, instances = self._now()
+        return web.json_response(metadata.status(instances, self._schedule.max_batch_size))
+
+    async def _status_v2(self, request: web.Request) -> web.Response:
+        _, instances = self._now()
+        return web.json_response(metadata.status_v2(instances, self._schedule.max_batch_size))
+
+    def _now(self) -> tuple[ModelInfo, Sequence[metadata.Occupancy]]:
+        status, message = self.health.verdict(loading_status=503)
+        if status != 200 or self.info is None or self.engine is None:
+            raise ServiceUnavailable(message, retry_after_s=5)
+        return self.info, self.engine.occupancy()
+
+
+def _answer(status: int, message: str) -> web.Response:
+    return web.json_response({"message": message}, status=status) if message else web.Response(status=status)

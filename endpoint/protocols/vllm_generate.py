@@ -1,0 +1,98 @@
+"""POST /generate with `prompt`, as vLLM's demo server has it: no usage, and streams that are no SSE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from endpoint import sse
+from endpoint.http_errors import error_text
+from endpoint.protocols.base import (
+    Body,
+    Completion,
+    GenerationRequest,
+    ModelInfo,
+    Reply,
+    ReplyContext,
+    TokenStep,
+)
+from endpoint.protocols.openai_fields import check_model, read_candidates, read_sampling, read_stops
+from endpoint.protocols.parameters import text_prompt
+from endpoint.protocols.sampling import resolve_sampling
+from endpoint.validation import COUNT, Fields
+from engine.errors import EngineBug, ServerError
+
+
+class VllmGenerate:
+    name = "vllm_generate"
+    routes = ("/generate",)
+
+    def claims(self, body: Body) -> bool:
+        return body.get("prompt") is not None
+
+    def parse(self, body: Body, model: ModelInfo, path: Mapping[str, str]) -> GenerationRequest:
+        fields = Fields(body)
+        if fields.raw("model") not in (None, "None"):
+            check_model(fields, model)
+        prompt = text_prompt(fields, "prompt")
+        stream = fields.flag("stream")
+        candidates = read_candidates(fields, model, best_of_streams=True)
+        max_tokens = fields.integer("max_tokens", COUNT)
+        sampling = resolve_sampling(
+            model,
+            max_tokens=model.max_iter_times if max_tokens is None else max_tokens,
+            branches=candidates.branches,
+            **read_sampling(fields, model),
+        )
+        return GenerationRequest(
+            prompt=prompt,
+            sampling=replace(sampling, logprobs=candidates.least_logprobs),
+            stream=stream,
+            n=candidates.n,
+            **read_stops(fields),
+        )
+
+    def reply(self, request: GenerationRequest, body: Body, context: ReplyContext) -> Reply:
+        return VllmReply(request.n, context.prompt_text, context.full_text_frames)
+
+
+class VllmReply:
+    def __init__(self, n: int, prompt: str, full_text_frames: bool) -> None:
+        self._n = n
+        self._prompt = prompt
+        self._full_text_frames = full_text_frames
+        self._running = set(range(n))
+        self._pending: dict[int, str] = {}  # choice -> text of the record that is being put together
+
+    def frame(self, step: TokenStep) -> bytes:
+        """A record has a text per choice, so it waits for every running choice, or for one to come again."""
+        early = self._record() if step.choice in self._pending else b""
+        self._pending[step.choice] = step.full_text if self._full_text_frames else step.text
+        if step.finish is not None:
+            self._running.discard(step.choice)
+        return early if early or self._running - self._pending.keys() else self._record()
+
+    def _record(self) -> bytes:
+        texts = [self._pending.get(choice, "") for choice in range(self._n)]
+        self._pending.clear()
+        return _nul_ended(sse.dumps({"text": texts}))
+
+    def beam_frames(self, completions: Sequence[Completion]) -> Sequence[bytes]:
+        raise EngineBug("this dialect has no beam search")
+
+    def tail(self) -> Sequence[bytes]:
+        return ()
+
+    def error_frames(self, error: ServerError) -> Sequence[bytes]:
+        return (_nul_ended(error_text(error)),)
+
+    def result(self, completions: Sequence[Completion]) -> bytes:
+        texts = [self._after_prompt(completion.text) for completion in completions[: self._n]]
+        return sse.dumps({"text": texts}).encode()
+
+    def _after_prompt(self, text: str) -> str:
+        return f"{self._prompt}{text}" if text.startswith(" ") else f"{self._prompt} {text}"
+
+
+def _nul_ended(body: str) -> bytes:
+    return body.encode() + b"\0"
