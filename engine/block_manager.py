@@ -32,9 +32,6 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def can_ever_hold(self, num_tokens: int) -> bool:
-        return self.blocks_for(num_tokens) <= self.num_blocks
-
     def missing(self, seq: Sequence) -> int:
         """Blocks the sequence still lacks for its uncomputed tokens, a copy of a shared one included."""
         missing = max(0, self.blocks_for(seq.num_tokens) - len(seq.block_table))

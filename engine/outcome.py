@@ -16,8 +16,7 @@ class FinishCode(IntEnum):
     EOS = 1
     STOP_TOKEN = 2
     LENGTH = 3
-    ABORTED = 4  # never sent: whoever aborted knows
-    ERROR = 5  # the record's `error` byte holds ServerError.number
+    ERROR = 4  # the record's `error` byte holds ServerError.number
 
 
 @dataclass(frozen=True, slots=True)

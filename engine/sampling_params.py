@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class SamplingParams:
     """Resolved sampling parameters; the endpoint fills in defaults and checks ranges.
 
-    Application order: grammar, bias and penalties, temperature, top_k, top_p, min_p, draw
+    Application order: bias and penalties, min_tokens, temperature, top_k, top_p, min_p, draw
     (api.md section 3.4).
     """
 
@@ -29,8 +29,6 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     min_p: float = 0.0  # 0 = off; else drop tokens less likely than min_p x the best one
     min_tokens: int = 0  # EOS and stop tokens are masked until so many tokens are generated
-    grammar_kind: str = ""  # "" = free text; else "json_schema", "json", "regex", "choice", "grammar"
-    grammar: str = ""  # the schema, expression, JSON list of choices, or grammar text
 
     @property
     def greedy(self) -> bool:

@@ -348,7 +348,7 @@ def run_random_schedule(seed: int) -> None:
     limits = scheduler.limits
     # by (request, branch): what it was given, in order, and how it ended
     expected: dict[tuple[int, int], list[int]] = {}
-    ended: dict[tuple[int, int], FinishCode] = {}
+    ended: dict[tuple[int, int], FinishCode | None] = {}  # None: aborted
     groups: dict[int, SequenceGroup] = {}
     now, next_id = 0.0, 0
 
@@ -376,7 +376,7 @@ def run_random_schedule(seed: int) -> None:
             branch = rng.choice([None, None, *range(len(victim.sequences))])
             here = {seq.branch for seq in victim.live if branch in (None, seq.branch)}
             if scheduler.abort(victim.request_id, branch):
-                ended |= {(victim.request_id, b): FinishCode.ABORTED for b in here}
+                ended |= {(victim.request_id, b): None for b in here}
             if branch is None:
                 assert not scheduler.abort(victim.request_id)
         note(scheduler.take_refused())
