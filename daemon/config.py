@@ -60,7 +60,7 @@ def load_settings(config_file: Path | None, environ: Mapping[str, str], executab
     log, log_warnings = read_log_settings(document.get("LogConfig"))
     report.warnings += log_warnings
     _remark(document, listeners, report)
-    _remark_without_effect(log, environ, memory_fraction, values, report)
+    _remark_without_effect(log, memory_fraction, values, report)
     ipc_dir = values.text(f"{RUNTIME}.ipcDir")
     return ServerSettings(
         root=root,
@@ -235,15 +235,12 @@ def _remark(document: Mapping[str, Any], listeners: tuple[Listener, ...], report
 
 
 def _remark_without_effect(
-    log: LogSettings, environ: Mapping[str, str], memory_fraction: float, values: Values, report: Report
+    log: LogSettings, memory_fraction: float, values: Values, report: Report
 ) -> None:
     """What is asked for outside of the sections that config_rules.py looks at, and not done by this build."""
     later = "not available in this build yet"
     if log.dynamic_level:
         report.warn(f"LogConfig.dynamicLogLevel={shown(log.dynamic_level)}: {later}; use MINDIE_LOG_LEVEL")
-    mode = environ.get("MIES_SERVICE_MONITOR_MODE")
-    if mode and mode != "0":
-        report.warn(f"MIES_SERVICE_MONITOR_MODE={mode}: metrics are {later}; without effect")
     device_type = values.text(f"{RUNTIME}.deviceType")
     if memory_fraction != _MEMORY_FRACTION and device_type in ("auto", "cpu"):
         report.warn(

@@ -12,7 +12,8 @@ from aiohttp import web
 from endpoint import http_errors, metadata, models_api
 from endpoint.json_body import parse_body
 from endpoint.management import ManagementPlane
-from endpoint.protocols.base import Body, GenerationRequest, ProtocolAdapter, Reply
+from endpoint.metrics import CONTENT_TYPE, Metrics, Outcome
+from endpoint.protocols.base import GenerationRequest, ProtocolAdapter, Reply
 from endpoint.protocols.triton import MODEL_PATH, stop_infer_id
 from endpoint.service import GenerationService, GenerationStream
 from endpoint.token_count import parse_count
@@ -23,7 +24,6 @@ log = logging.getLogger("server.http")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-INTERNAL = "the server failed while handling this request; the server log has the details"
 _STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
 
@@ -36,11 +36,13 @@ class BusinessPlane:
         settings: EndpointSettings,
         schedule: ScheduleSettings,
         model: ModelSettings,
+        metrics: Metrics,
     ) -> None:
         self.service: GenerationService | None = None
         self._settings = settings
         self._schedule = schedule
         self._model_settings = model
+        self._metrics = metrics
         self._by_path: dict[str, list[ProtocolAdapter]] = {}
         for adapter in adapters:
             for path in adapter.routes:
@@ -92,6 +94,10 @@ class BusinessPlane:
 
     def _generation_handler(self, adapters: Sequence[ProtocolAdapter]) -> Handler:
         async def handle(http: web.Request) -> web.StreamResponse:
+            with self._metrics.request() as outcome:
+                return await generate(http, outcome)
+
+        async def generate(http: web.Request, outcome: Outcome) -> web.StreamResponse:
             service = self._ready_service()
             if "model" in http.match_info:  # a wrong path is wrong whatever the body says
                 models_api.check_served(service.info, http.match_info["model"])
@@ -102,7 +108,9 @@ class BusinessPlane:
             request = adapter.parse(body, service.info, http.match_info)
             async with service.open(request) as stream:
                 reply = adapter.reply(request, body, stream.context)
-                return await _answer(http, request, body, stream, reply)
+                response = await _answer(http, request, stream, reply)
+                outcome.ok = stream.complete
+                return response
 
         return handle
 
@@ -124,7 +132,7 @@ class BusinessPlane:
 
 
 async def _answer(
-    http: web.Request, request: GenerationRequest, body: Body, stream: GenerationStream, reply: Reply
+    http: web.Request, request: GenerationRequest, stream: GenerationStream, reply: Reply
 ) -> web.StreamResponse:
     if not request.stream:
         return web.json_response(body=reply.result(await stream.collect()))
@@ -152,7 +160,7 @@ async def _answer(
             raise
         if not isinstance(error, ServerError):
             log.exception("%s failed after its first frame", http.path)
-            error = EngineFailed(INTERNAL)
+            error = EngineFailed()
         for frame in reply.error_frames(error):
             await response.write(frame)
     else:
@@ -192,10 +200,20 @@ async def _name_response(request: web.Request, response: web.StreamResponse) -> 
     response.headers["RequestUUID"] = secrets.token_hex(16)
 
 
+def _metrics_handler(metrics: Metrics, enabled: bool) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        if not enabled:
+            raise EngineFailed("metrics are off: MIES_SERVICE_MONITOR_MODE is 0; unset it, or set it to 1")
+        return web.Response(body=metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+    return handle
+
+
 def make_app(
     planes: Sequence[Plane],
     business: BusinessPlane,
     management: ManagementPlane,
+    metrics: Metrics,
     settings: EndpointSettings,
 ) -> web.Application:
     app = web.Application(middlewares=[_errors], client_max_size=settings.max_request_bytes)
@@ -204,4 +222,6 @@ def make_app(
         app.add_routes(business.routes())
     if "management" in planes:
         app.add_routes(management.routes())
+    if "metrics" in planes:
+        app.add_routes([web.get("/metrics", _metrics_handler(metrics, settings.metrics_enabled))])
     return app

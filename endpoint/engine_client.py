@@ -61,6 +61,7 @@ class Flight:
     link: InstanceLink
     branches: int
     arrival: float  # monotonic seconds; when the HTTP request came
+    submitted: float
     last_token: float  # when the last token came, or the request was submitted
     token_limit_s: float  # longest wait between two tokens
     ended: set[int] = field(default_factory=set)  # branches without further tokens
@@ -186,7 +187,7 @@ class EngineClient:
             if not link.commands.send(Submit(request_id, len(prompt_ids), priority, sampling)):
                 raise ServiceUnavailable("the model instance died; try again later", retry_after_s=5)
         now = time.monotonic()
-        flight = Flight(request_id, link, sampling.branches, arrival, now, token_limit_s)
+        flight = Flight(request_id, link, sampling.branches, arrival, now, now, token_limit_s)
         self._flights[request_id] = flight
         link.num_flights += 1
         return flight
@@ -283,4 +284,5 @@ def _occupancy(link: InstanceLink) -> Occupancy:
     total = link.ready.num_blocks if link.ready else 0
     if link.stats is None:  # nothing has run yet
         return Occupancy(0, 0, 0, total, total)
-    return Occupancy(link.stats.running, link.stats.waiting, 0, link.stats.free_blocks, total)
+    stats = link.stats
+    return Occupancy(stats.running, stats.waiting, 0, stats.free_blocks, total, stats.preemptions)

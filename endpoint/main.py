@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from endpoint.app import BusinessPlane, make_app
 from endpoint.context import EndpointContext
 from endpoint.engine_client import EngineClient
 from endpoint.management import ManagementPlane
+from endpoint.metadata import Occupancy
+from endpoint.metrics import Metrics
 from endpoint.protocols.base import ModelInfo
 from endpoint.protocols.registry import load_adapters
 from endpoint.service import GenerationService
@@ -32,6 +35,7 @@ log = logging.getLogger("server.endpoint")
 
 _FIRST = asyncio.FIRST_COMPLETED
 _KEEP_ALIVE_S = 75.0
+_WINDOW = 1000
 _BACKLOG = 1024
 
 
@@ -57,8 +61,11 @@ class _Endpoint:
 
     def __init__(self, given: EndpointContext) -> None:
         self._given = given
-        self._business = BusinessPlane(load_adapters(), given.settings, given.schedule, given.model)
-        self._management = ManagementPlane(given.settings, given.schedule, given.model)
+        self._metrics = Metrics(given.model.name, _average_window(), self._occupancy)
+        self._business = BusinessPlane(
+            load_adapters(), given.settings, given.schedule, given.model, self._metrics
+        )
+        self._management = ManagementPlane(given.settings, given.schedule, given.model, self._metrics)
         self._health = self._management.health
         self._started = int(time.time())
         self._runners: list[web.AppRunner] = []
@@ -68,7 +75,7 @@ class _Endpoint:
         loop = asyncio.get_running_loop()
         self._drain: asyncio.Future[float] = loop.create_future()
         self._control = given.control.channel
-        self._engine = EngineClient(given.wires, given.control.context)
+        self._engine = self._management.engine = EngineClient(given.wires, given.control.context)
         loop.add_reader(self._control.fileno(), self._on_control)
         loop.add_signal_handler(signal.SIGTERM, self._stop_within, 0.0)
 
@@ -81,7 +88,7 @@ class _Endpoint:
         service = await self._unless_stopped(self._make_service())
         if service is not None:
             self._business.service = service
-            self._management.info, self._management.engine = service.info, self._engine
+            self._management.info = service.info
             for listener, sock in listeners:
                 if "management" not in listener.planes:
                     await self._listen(listener, sock)
@@ -100,6 +107,9 @@ class _Endpoint:
             await service.drained(self._drain.result())
             watcher.cancel()
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
+
+    def _occupancy(self) -> Sequence[Occupancy]:
+        return self._engine.occupancy()
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, GenerationService]) -> GenerationService | None:
         """The work's result, or None when the service is stopped before it is there."""
@@ -132,10 +142,12 @@ class _Endpoint:
             generation_defaults=_generation_defaults(given.model.weight_path),
             created=self._started,
         )
-        return GenerationService(self._engine, tokenizer, given.settings, given.schedule, given.model, info)
+        return GenerationService(
+            self._engine, tokenizer, given.settings, given.schedule, given.model, info, self._metrics
+        )
 
     async def _listen(self, listener: Listener, sock: socket.socket) -> None:
-        app = make_app(listener.planes, self._business, self._management, self._given.settings)
+        app = make_app(listener.planes, self._business, self._management, self._metrics, self._given.settings)
         runner = web.AppRunner(
             app,
             access_log=None,
@@ -171,6 +183,16 @@ class _Endpoint:
     def _stop_within(self, deadline_s: float) -> None:
         if not self._drain.done():
             self._drain.set_result(deadline_s)
+
+
+def _average_window() -> int:
+    """Requests in the moving averages of /metrics-json."""
+    wanted = os.environ.get("DYNAMIC_AVERAGE_WINDOW_SIZE", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    if wanted:
+        log.warning("DYNAMIC_AVERAGE_WINDOW_SIZE=%r is no positive integer; using %d", wanted, _WINDOW)
+    return _WINDOW
 
 
 def _generation_defaults(weight_path: Path) -> Mapping[str, Any]:

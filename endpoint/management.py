@@ -9,6 +9,7 @@ from aiohttp import web
 
 from endpoint import metadata
 from endpoint.engine_client import EngineClient
+from endpoint.metrics import Metrics
 from endpoint.models_api import check_served
 from endpoint.protocols.base import ModelInfo
 from endpoint.protocols.triton import MODEL_PATH
@@ -46,7 +47,14 @@ class Health:
 class ManagementPlane:
     """Routes of api.md section 11. `info` and `engine` are set once every instance is ready."""
 
-    def __init__(self, settings: EndpointSettings, schedule: ScheduleSettings, model: ModelSettings) -> None:
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        schedule: ScheduleSettings,
+        model: ModelSettings,
+        metrics: Metrics,
+    ) -> None:
+        self._metrics = metrics
         self.health = Health()
         self.info: ModelInfo | None = None
         self.engine: EngineClient | None = None
@@ -65,6 +73,7 @@ class ManagementPlane:
             web.get("/v1/config", self._config),
             web.get("/v1/status", self._status),
             web.get("/v2/status", self._status_v2),
+            web.get("/metrics-json", self._metrics_json),
         ]
 
     async def _live(self, request: web.Request) -> web.Response:
@@ -107,6 +116,10 @@ class ManagementPlane:
     async def _config(self, request: web.Request) -> web.Response:
         info, _ = self._now()
         return web.json_response(body=metadata.server_config(info, self._model, self._schedule.block_size))
+
+    async def _metrics_json(self, request: web.Request) -> web.Response:
+        host, port = (request.transport.get_extra_info("sockname") if request.transport else ("", 0))[:2]
+        return web.json_response(self._metrics.vector(f"{host}:{port}"))
 
     async def _status(self, request: web.Request) -> web.Response:
         _, instances = self._now()

@@ -27,6 +27,7 @@ class Occupancy:
     swapped: int
     free_blocks: int
     total_blocks: int
+    preemptions: int = 0  # since start
 
 
 def server_metadata(schedule: ScheduleSettings, prefill_policy: int = 0, decode_policy: int = 0) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 
 from endpoint.detokenizer import IncrementalDetokenizer
 from endpoint.engine_client import EngineClient, Flight, Token
+from endpoint.metrics import Metrics
 from endpoint.protocols.base import (
     ChatPrompt,
     Completion,
@@ -162,12 +163,15 @@ class GenerationStream:
         request: GenerationRequest,
         prompt_ids: Sequence[int],
         context: ReplyContext,
+        metrics: Metrics,
     ) -> None:
         self.context = context
         self._engine = engine
         self._flight = flight
         self._tokenizer = tokenizer
         self._request = request
+        self._metrics = metrics
+        self.complete = False  # every choice has ended well
         self._choices = [self._choice(index, prompt_ids) for index in range(request.sampling.branches)]
 
     def _choice(self, index: int, prompt_ids: Sequence[int]) -> _Choice:
@@ -182,7 +186,7 @@ class GenerationStream:
         return _Choice(index, detokenizer, self._flight.arrival, request.sampling.logprobs >= 0)
 
     async def __aiter__(self) -> AsyncIterator[TokenStep]:
-        whole, left = self.context.full_text_frames, len(self._choices)
+        whole, left, generated = self.context.full_text_frames, len(self._choices), 0
         while left:
             token = await self._flight.next()
             choice = self._choices[token.branch]
@@ -191,10 +195,17 @@ class GenerationStream:
             step = choice.step(
                 token, self._request.include_stop, whole, self._flight.cancelled, self._tokenizer
             )
+            generated += 1
+            if generated == 1:
+                self._metrics.first_token(token.at - self._flight.submitted)
+            else:
+                self._metrics.next_token(step.latency_ms / 1e3)
             if choice.finished:
                 left -= 1
                 self._engine.end_branch(self._flight, token.branch)
             yield step
+        self._metrics.finished(generated)
+        self.complete = True
 
     async def collect(self) -> list[Completion]:
         """All choices: as generated, or the most likely first when more were generated than asked for."""
@@ -234,8 +245,10 @@ class GenerationService:
         schedule: ScheduleSettings,
         model: ModelSettings,
         info: ModelInfo,
+        metrics: Metrics,
     ) -> None:
         self.info = info
+        self._metrics = metrics
         self._engine = engine
         self._tokenizer = tokenizer
         self._settings = endpoint
@@ -387,4 +400,7 @@ class GenerationService:
             full_text_frames=self._settings.full_text,
             prompt_ids=prompt_ids,
         )
-        return GenerationStream(self._engine, flight, self._tokenizer, request, prompt_ids, context)
+        self._metrics.submitted(len(prompt_ids))
+        return GenerationStream(
+            self._engine, flight, self._tokenizer, request, prompt_ids, context, self._metrics
+        )

@@ -452,7 +452,6 @@ def test_bad_override_names_its_variable(home: Home, variable: str, value: str, 
 @pytest.mark.parametrize(
     ("environ", "part"),
     [
-        ({"MIES_SERVICE_MONITOR_MODE": "1"}, "metrics are not available in this build yet"),
         ({"NPU_MEMORY_FRACTION": "0.5"}, "without effect on the CPU"),
         ({"NPU_MEMORY_FRACTION": "0.5", "MINDIE_DEVICE_TYPE": "cpu"}, "without effect on the CPU"),
     ],

@@ -1,0 +1,160 @@
+"""What Prometheus and MindIE's own tools may know of the load: names and buckets of api.md section 12."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.exposition import generate_latest
+
+from endpoint.metadata import Occupancy
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+_TPOT = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+_E2E = (1, 2.5, 5, 10, 15, 20, 30, 40, 50, 60)
+_TOKENS = (10, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 16000, 20000, 32000, 50000, 64000, 128000)
+_THROUGHPUT_S = 1.0  # shortest time over which a throughput is told
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # they are no part of the contract
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How one request ended; failed unless somebody says otherwise."""
+
+    ok: bool = False
+
+
+class Metrics:
+    """Counts what the handlers report; gauges are filled in when somebody asks."""
+
+    def __init__(self, model_name: str, window: int, occupancy: Callable[[], Sequence[Occupancy]]) -> None:
+        """`window`: requests in the moving averages of /metrics-json. `occupancy`: of every instance, now."""
+        self._occupancy = occupancy
+        self._registry = CollectorRegistry()
+        self._model = model_name
+        self._received = self._counter("request_received", "inference requests that arrived")
+        self._success = self._counter("request_success", "requests that finished well")
+        self._failed = self._counter("request_failed", "requests refused or failed")
+        self._preemptions = self._counter("num_preemptions", "requests preempted")
+        self._gauge("all_radix_match_num", "prompt tokens looked up in the prefix cache")
+        self._gauge("npu_radix_match_hit_num", "prompt tokens found in the prefix cache")
+        self._prompt_tokens = self._counter("prompt_tokens", "prompt tokens of requests sent to the engine")
+        self._generated = self._counter("generation_tokens", "tokens generated")
+        self._failed_share = self._gauge("failed_request_perc", "failed / received")
+        self._running = self._gauge("num_requests_running", "in the engine's batch")
+        self._waiting = self._gauge("num_requests_waiting", "in the engine's queue")
+        self._swapped = self._gauge("num_requests_swapped", "swapped out")
+        self._cache_usage = self._gauge("npu_cache_usage_perc", "cache blocks in use, 0 to 1")
+        self._gauge("cpu_cache_usage_perc", "swap blocks in use, 0 to 1")
+        self._gauge("npu_prefix_cache_hit_rate", "prompt tokens found in the prefix cache, 0 to 1")
+        self._prompt_rate = self._gauge("avg_prompt_throughput_toks_per_s", "prompt tokens per second")
+        self._generation_rate = self._gauge("avg_generation_throughput_toks_per_s", "tokens per second")
+        self._ttft = self._histogram("time_to_first_token_seconds", "submit to first token", _TTFT)
+        self._tpot = self._histogram("time_per_output_token_seconds", "gap between two tokens", _TPOT)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "arrival to end", _E2E)
+        self._prompt_length = self._histogram("request_prompt_tokens", "prompt length", _TOKENS)
+        self._output_length = self._histogram("request_generation_tokens", "answer length", _TOKENS)
+        self._recent_ttft: deque[float] = deque(maxlen=window)
+        self._recent_tbt: deque[float] = deque(maxlen=window)
+        self._snapshot = (time.monotonic(), 0.0, 0.0)
+
+    # -- reported by the handlers -------------------------------------------------------------------
+
+    @contextmanager
+    def request(self) -> Iterator[Outcome]:
+        """Counts one request; the block sets `ok` when the answer is complete."""
+        self._received.inc()
+        outcome = Outcome()
+        start = time.monotonic()
+        try:
+            yield outcome
+        finally:
+            (self._success if outcome.ok else self._failed).inc()
+            if outcome.ok:
+                self._e2e.observe(time.monotonic() - start)
+
+    def submitted(self, prompt_tokens: int) -> None:
+        self._prompt_tokens.inc(prompt_tokens)
+        self._prompt_length.observe(prompt_tokens)
+
+    def first_token(self, seconds: float) -> None:
+        self._generated.inc()
+        self._ttft.observe(seconds)
+        self._recent_ttft.append(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        self._generated.inc()
+        self._tpot.observe(seconds)
+        self._recent_tbt.append(seconds)
+
+    def finished(self, generated_tokens: int) -> None:
+        self._output_length.observe(generated_tokens)
+
+    # -- told ---------------------------------------------------------------------------------------
+
+    def exposition(self) -> bytes:
+        """GET /metrics."""
+        instances = self._occupancy()
+        total = sum(instance.total_blocks for instance in instances)
+        free = sum(instance.free_blocks for instance in instances)
+        self._running.set(sum(instance.running for instance in instances))
+        self._waiting.set(sum(instance.waiting for instance in instances))
+        self._swapped.set(sum(instance.swapped for instance in instances))
+        preempted = sum(instance.preemptions for instance in instances)
+        self._preemptions.inc(preempted - _value(self._preemptions))
+        self._cache_usage.set((total - free) / total if total else 0.0)
+        received = _value(self._received)
+        self._failed_share.set(_value(self._failed) / received if received else 0.0)
+        self._update_rates()
+        return generate_latest(self._registry)
+
+    def vector(self, instance: str) -> dict[str, Any]:
+        """GET /metrics-json. `instance`: our address as ip:port."""
+        instances = self._occupancy()
+        values = {
+            "TTFT": _average_ms(self._recent_ttft),
+            "TBT": _average_ms(self._recent_tbt),
+            "waitingInferRequestNum": sum(one.waiting for one in instances),
+            "processingInferRequestNum": sum(one.running for one in instances),
+            "remainBlocks": sum(one.free_blocks for one in instances),
+        }
+        result = [
+            {"metric": [{"__name__": name, "job": "node", "instance": instance}], "value": str(value)}
+            for name, value in values.items()
+        ]
+        return {"resultType": "vector", "result": result}
+
+    def _update_rates(self) -> None:
+        now, (then, prompt, generated) = time.monotonic(), self._snapshot
+        if now - then < _THROUGHPUT_S:
+            return
+        self._snapshot = now, _value(self._prompt_tokens), _value(self._generated)
+        self._prompt_rate.set((self._snapshot[1] - prompt) / (now - then))
+        self._generation_rate.set((self._snapshot[2] - generated) / (now - then))
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ["model_name"], registry=self._registry).labels(self._model)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ["model_name"], registry=self._registry).labels(self._model)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        histogram = Histogram(name, text, ["model_name"], registry=self._registry, buckets=buckets)
+        return histogram.labels(self._model)
+
+
+def _value(counter: Counter) -> float:
+    (metric,) = counter.collect()
+    return float(metric.samples[0].value)
+
+
+def _average_ms(seconds: Sequence[float]) -> int:
+    return round(sum(seconds) / len(seconds) * 1e3) if seconds else 0
