@@ -234,9 +234,7 @@ def _remark(document: Mapping[str, Any], listeners: tuple[Listener, ...], report
         report.warn(f"{SERVER}.managementTlsCert is the business certificate; separate sets are recommended")
 
 
-def _remark_without_effect(
-    log: LogSettings, memory_fraction: float, values: Values, report: Report
-) -> None:
+def _remark_without_effect(log: LogSettings, memory_fraction: float, values: Values, report: Report) -> None:
     """What is asked for outside of the sections that config_rules.py looks at, and not done by this build."""
     later = "not available in this build yet"
     if log.dynamic_level:

@@ -33,7 +33,7 @@ from daemon.plan import ProcessSpec
 from engine.errors import EXIT_CHILD_DIED, EXIT_INIT, EXIT_OK
 from engine.wire.channel import ControlHub
 from engine.wire.links import ENDPOINT, Control
-from engine.wire.messages import Drain, Fatal, InstanceDown, Message, Progress, Ready
+from engine.wire.messages import Drain, Fatal, InstanceDown, Message, Progress, Ready, StopRequested
 
 log = logging.getLogger("server.supervisor")
 
@@ -191,6 +191,9 @@ class Supervisor:
                     child.last_progress = now
             case Fatal():
                 child.fatal = message
+            case StopRequested() if self._state is State.SERVING:
+                log.warning("stop requested over HTTP: at most %.0f s for running requests", message.drain_s)
+                self._drain(message.drain_s)
             case _:
                 log.warning("unexpected %s from %s", type(message).__name__, child.spec)
 

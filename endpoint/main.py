@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ from endpoint.tls import make_server_context
 from endpoint.tokenizer import TokenizerPool
 from engine.errors import EXIT_INIT, StartupError
 from engine.settings import Listener
-from engine.wire.messages import Drain, InstanceDown, Progress, Ready
+from engine.wire.messages import Drain, InstanceDown, Progress, Ready, StopRequested
 
 log = logging.getLogger("server.endpoint")
 
 _FIRST = asyncio.FIRST_COMPLETED
 _KEEP_ALIVE_S = 75.0
 _WINDOW = 1000
+_FORCED_STOP_S = 5.0  # of /stopService?mode=Force
+_ANSWER_S = 0.1
 _BACKLOG = 1024
 
 
@@ -89,6 +92,7 @@ class _Endpoint:
         if service is not None:
             self._business.service = service
             self._management.info = service.info
+            self._management.stop = partial(self._stop_over_http, service)
             for listener, sock in listeners:
                 if "management" not in listener.planes:
                     await self._listen(listener, sock)
@@ -107,6 +111,15 @@ class _Endpoint:
             await service.drained(self._drain.result())
             watcher.cancel()
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
+
+    async def _stop_over_http(self, service: GenerationService, force: bool) -> None:
+        self._health.stopping = True
+        service.stop_accepting()
+        if not force:
+            await service.idle()
+        # the answer leaves first: the parent's Drain closes this listener
+        drain_s = _FORCED_STOP_S if force else 0.0
+        asyncio.get_running_loop().call_later(_ANSWER_S, self._control.send, StopRequested(drain_s))
 
     def _occupancy(self) -> Sequence[Occupancy]:
         return self._engine.occupancy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -13,7 +13,7 @@ from endpoint.metrics import Metrics
 from endpoint.models_api import check_served
 from endpoint.protocols.base import ModelInfo
 from endpoint.protocols.triton import MODEL_PATH
-from engine.errors import ServiceUnavailable
+from engine.errors import EngineFailed, InvalidRequest, ServiceUnavailable
 from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
 
 
@@ -58,6 +58,7 @@ class ManagementPlane:
         self.health = Health()
         self.info: ModelInfo | None = None
         self.engine: EngineClient | None = None
+        self.stop: Callable[[bool], Awaitable[None]] | None = None  # True: do not wait for requests
         self._settings = settings
         self._schedule = schedule
         self._model = model
@@ -74,6 +75,7 @@ class ManagementPlane:
             web.get("/v1/status", self._status),
             web.get("/v2/status", self._status_v2),
             web.get("/metrics-json", self._metrics_json),
+            web.get("/stopService", self._stop_service),
         ]
 
     async def _live(self, request: web.Request) -> web.Response:
@@ -116,6 +118,16 @@ class ManagementPlane:
     async def _config(self, request: web.Request) -> web.Response:
         info, _ = self._now()
         return web.json_response(body=metadata.server_config(info, self._model, self._schedule.block_size))
+
+    async def _stop_service(self, request: web.Request) -> web.Response:
+        """Refuse new requests, wait for the others (mode=Force: five seconds), then end the whole service."""
+        if self.health.stopping or self.stop is None:
+            raise EngineFailed("the service is not serving, or is stopping already")
+        mode = request.query.get("mode")
+        if mode not in (None, "Force"):
+            raise InvalidRequest("`mode` must be Force, or left out to wait for running requests")
+        await self.stop(mode == "Force")
+        return web.Response()
 
     async def _metrics_json(self, request: web.Request) -> web.Response:
         host, port = (request.transport.get_extra_info("sockname") if request.transport else ("", 0))[:2]

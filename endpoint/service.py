@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -329,6 +330,10 @@ class GenerationService:
         for ticket in list(self._tickets):
             ticket.end(ServiceUnavailable("the service was stopped before this request ended; send it again"))
         await self._until_empty(_LAST_FRAMES_S)
+
+    async def idle(self) -> None:
+        """Wait until no request is left, however long that takes."""
+        await self._until_empty(math.inf)
 
     async def _until_empty(self, limit_s: float) -> None:
         until = time.monotonic() + limit_s

@@ -18,6 +18,7 @@ _TAGS: dict[int, type[m.Message]] = {
     20: m.Ready,
     21: m.Fatal,
     23: m.Progress,
+    24: m.StopRequested,
     30: m.Drain,
     32: m.InstanceDown,
 }

@@ -77,6 +77,13 @@ class Fatal:
 
 
 @dataclass(frozen=True, slots=True)
+class StopRequested:
+    """endpoint -> parent: an operator asked for the end of the service over HTTP."""
+
+    drain_s: float  # how long running requests may still take
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """parent -> endpoint: refuse new requests, let running ones end, then exit."""
 
@@ -91,4 +98,15 @@ class InstanceDown:
     reason: str
 
 
-Message = Submit | Abort | EngineReady | EngineStats | Progress | Ready | Fatal | Drain | InstanceDown
+Message = (
+    Submit
+    | Abort
+    | EngineReady
+    | EngineStats
+    | Progress
+    | Ready
+    | Fatal
+    | StopRequested
+    | Drain
+    | InstanceDown
+)

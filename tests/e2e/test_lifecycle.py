@@ -175,6 +175,40 @@ def test_running_requests_finish_before_the_stop_and_new_ones_are_refused(make_d
     assert payloads[-1] == "[DONE]" and '"completion_tokens":2000' in payloads[-2]
 
 
+def test_stop_service_waits_for_running_requests_and_ends_everything(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(LONG_CONFIG).start().wait_ready()
+    stream = Stream(daemon)
+    assert stream.started.wait(30)
+    assert daemon.manage("/stopService?mode=maybe").status == 422
+    answers: list[int] = []
+    stopping = threading.Thread(
+        target=lambda: answers.append(
+            daemon.request("GET", "/stopService", port=daemon.management_port).status
+        )
+    )
+    stopping.start()
+    eventually(lambda: daemon.manage("/v2/health/ready").status == 503, 5.0, "ready 503")
+    assert daemon.manage("/stopService").status == 500
+    assert daemon.post("/v1/completions", {"model": "mindie-tiny", "prompt": "Hi"}).status == 503
+    assert daemon.wait(100) == 0
+    stopping.join(5)
+    stream.join(5)
+    assert answers == [200]
+    assert '"completion_tokens":2000' in sse_payloads(stream.received)[-2]
+
+
+def test_stop_service_by_force_ends_requests_with_an_error_event(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(LONG_CONFIG).start().wait_ready()
+    streams = [Stream(daemon, {**LONG, "max_tokens": 4000}) for _ in range(20)]
+    assert all(stream.started.wait(30) for stream in streams)
+    assert daemon.manage("/stopService?mode=Force").status == 200
+    assert daemon.wait(20) == 0
+    for stream in streams:
+        stream.join(5)
+        payloads = sse_payloads(stream.received)
+        assert payloads[-1] == "[DONE]" and ('"error"' in payloads[-2] or '"usage"' in payloads[-2])
+
+
 def test_requests_still_running_at_the_deadline_get_an_error_event(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(with_graceful_stop(0)).start().wait_ready()
     stream = Stream(daemon)
