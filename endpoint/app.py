@@ -12,6 +12,7 @@ from aiohttp import web
 from endpoint import http_errors, metadata, models_api
 from endpoint.json_body import parse_body
 from endpoint.management import ManagementPlane
+from endpoint.metadata import SERVER_NAME
 from endpoint.metrics import CONTENT_TYPE, Metrics, Outcome
 from endpoint.protocols.base import GenerationRequest, ProtocolAdapter, Reply
 from endpoint.protocols.triton import MODEL_PATH, stop_infer_id
@@ -118,6 +119,8 @@ class BusinessPlane:
         encoding = http.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
             raise InvalidRequest("`Content-Encoding` must be identity; send the body uncompressed")
+        if (http.content_length or 0) > self._settings.max_request_bytes:
+            raise http_errors.body_too_large(self._settings.max_request_bytes)  # before it is read
         try:
             return await http.read()
         except web.HTTPRequestEntityTooLarge:
@@ -198,6 +201,7 @@ def _error_response(error: Exception) -> web.Response:
 
 async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["RequestUUID"] = secrets.token_hex(16)
+    response.headers["Server"] = SERVER_NAME  # not which libraries in which versions
 
 
 def _metrics_handler(metrics: Metrics, enabled: bool) -> Handler:

@@ -31,8 +31,8 @@ _ERRORS: dict[int, type[ServerError]] = {
     cls.number: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, ServerError)
 }
 _REFUSALS: dict[type[ServerError], str] = {
-    errors.GenerationRefused: "the engine has no cache for a prompt of this length; shorten it, or give the "
-    "server more cache blocks (npuMemSize, kvCacheMemMiB) or a smaller maxSeqLen",
+    errors.GenerationRefused: "the engine's cache cannot hold this request: prompt, answer and number of "
+    "choices together; lower one of them, or give the server more cache (npuMemSize, kvCacheMemMiB)",
     EngineFailed: "the model produced no usable result for this request (its logits were not numbers)",
 }
 

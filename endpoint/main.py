@@ -40,6 +40,7 @@ _WINDOW = 1000
 _FORCED_STOP_S = 5.0  # of /stopService?mode=Force
 _ANSWER_S = 0.1
 _BACKLOG = 1024
+_ACCEPTS_PER_TURN = 16
 
 
 def _without_client_bytes(record: logging.LogRecord) -> bool:
@@ -174,7 +175,9 @@ class _Endpoint:
         # TIME_WAIT do not keep the next daemon from binding.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         tls = make_server_context(listener.tls) if listener.tls is not None else None
-        await web.SockSite(runner, sock, ssl_context=tls, backlog=_BACKLOG).start()
+        # asyncio tries so many accepts in a row, and out of descriptors it logs each: a few are enough
+        await web.SockSite(runner, sock, ssl_context=tls, backlog=_ACCEPTS_PER_TURN).start()
+        sock.listen(_BACKLOG)
         self._runners.append(runner)
 
     # -- from the parent ----------------------------------------------------------------------------

@@ -307,36 +307,50 @@ class Scheduler:
         short = self._needs(head)[0] > self.blocks.num_free
         if head.has_output or not short or waited_ms <= self.limits.max_first_token_wait_ms:
             return
-        victim = self.running.pop()
-        log.warning(
-            "request %d waited %.0f ms for its first token: preempting request %d for it",
-            head.request_id, waited_ms, victim.request_id,
-        )  # fmt: skip
         # it stays at the head until it runs: a victim before it would just take the blocks back
         head.rank = -math.inf
-        self._preempt(victim)
+        victim = self._give_way()
+        log.warning(
+            "request %d waited %.0f ms for its first token: preempted request %d for it",
+            head.request_id, waited_ms, victim.request_id,
+        )  # fmt: skip
 
     # -- decode -------------------------------------------------------------------------------------
 
     def _decode_batch(self) -> list[SequenceGroup]:
         """The running groups in their order, each branch with a slot for its newest token.
 
-        When blocks run out the last running group gives way; the last resort is to give way oneself.
+        When blocks run out another group gives way; the last resort is to give way oneself.
         """
         batch: list[SequenceGroup] = []
         width = 0
         while len(batch) < len(self.running):
             group = self.running[len(batch)]
-            width += len(group.live)
-            if batch and width > self.limits.max_batch_size:
+            if batch and width + len(group.live) > self.limits.max_batch_size:
                 break
             while not all(self.blocks.grow(seq) for seq in group.live):
-                victim = self.running.pop()
-                self._preempt(victim)
+                victim = self._give_way()
                 if victim is group:
-                    return batch
-            batch.append(group)
+                    break
+                if victim in batch:
+                    batch.remove(victim)
+                    width -= len(victim.live)
+            else:
+                batch.append(group)
+                width += len(group.live)
         return batch
+
+    def _give_way(self) -> SequenceGroup:
+        """Preempt the last running group that can come back.
+
+        A wide group shares blocks while it runs that each branch would need for itself to be computed again:
+        sending it away could end it, so others go first.
+        """
+        able = (group for group in reversed(self.running) if self._can_ever_hold(group))
+        victim = next(able, self.running[-1])
+        self.running.remove(victim)
+        self._preempt(victim)
+        return victim
 
     def _preempt(self, group: SequenceGroup) -> None:
         """Send a group (already out of `running`) back to be prefilled again with its output so far."""

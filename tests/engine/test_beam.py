@@ -119,6 +119,21 @@ def test_a_small_pool_preempts_and_changes_nothing(seed: int) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_beams_that_could_not_come_back_are_not_sent_away(seed: int) -> None:
+    """Running they share more than their prompt; computed again each would need blocks of its own."""
+    scheduler = Scheduler(LIMITS, BlockManager(20, 2), [EOS])
+    ids = np.array([1] * 6, np.int32)
+    scheduler.add(SequenceGroup(1, ids, SamplingParams(30, ignore_eos=True), now=0.0))
+    group = beam(2, [1, 2, 3], 4, 12)
+    group.arrival = 0.1  # later than the other, so it would be the one to give way
+    scheduler.add(group)
+    outcomes = run(seed, scheduler)
+    assert scheduler.num_preemptions
+    assert FinishCode.ERROR not in {outcome.finish for outcome in outcomes}
+    assert len(answers(outcomes, 2)) == 4
+
+
 def test_a_beam_whose_logits_are_no_numbers_ends_with_an_error() -> None:
     scheduler = Scheduler(LIMITS, BlockManager(64, 2), [EOS])
     scheduler.add(beam(1, [1, 2, 3], 2, 4))
