@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from collections.abc import Sequence
 
 import psutil
 
 from engine.errors import EXIT_ADDRESS, StartupError
 from engine.settings import Listener
+
+_DYING_S = 1.0
 
 _KEYS = {
     "business": "ServerConfig.ipAddress/port",
@@ -28,7 +31,7 @@ def bind_listeners(listeners: Sequence[Listener]) -> list[socket.socket]:
     problems: list[str] = []
     for listener in listeners:
         try:
-            sockets.append(_bind(listener))
+            sockets.append(_bind_patiently(listener))
         except OSError as error:
             problems.append(_explain(listener, error))
     if problems:
@@ -36,6 +39,21 @@ def bind_listeners(listeners: Sequence[Listener]) -> list[socket.socket]:
             bound.close()
         raise StartupError("; ".join(problems), EXIT_ADDRESS)
     return sockets
+
+
+def _bind_patiently(listener: Listener) -> socket.socket:
+    """Bind, waiting a moment for an address whose owner cannot be seen.
+
+    After kill -9 the kernel closes a dead process's sockets only when its last thread is gone.
+    """
+    until = time.monotonic() + _DYING_S
+    while True:
+        try:
+            return _bind(listener)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or _owner(listener) or time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 def _bind(listener: Listener) -> socket.socket:
