@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import HOST, SUCCESS, Daemon, Json, eventually, merge, sse_payloads
+from tests.harness import HOST, SUCCESS, Answer, Daemon, Json, eventually, merge, sse_payloads
 
 LONG: Json = {
     "model": "mindie-tiny",
@@ -86,23 +86,21 @@ def test_the_success_line_comes_once_on_stdout_when_requests_are_served(make_dae
 
 def test_health_tells_how_loading_goes(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start()
-    seen = []
+    eventually(lambda: "role=worker" in daemon.stderr, 30.0, "forked worker")
+    worker = daemon.child("worker")
+    worker.send_signal(signal.SIGSTOP)  # it stays loading for as long as we look
+    answers: list[Answer] = []
 
-    def loading_answered() -> bool:
-        try:
-            seen.append((daemon.manage("/v2/health/live"), daemon.manage("/v2/health/ready")))
-        except OSError:
-            return False
-        return True
+    def answered() -> bool:
+        with contextlib.suppress(OSError):
+            answers[:] = [daemon.manage("/v2/health/live"), daemon.manage("/v2/health/ready")]
+        return len(answers) == 2
 
-    eventually(loading_answered, 30.0, "an answer from the management plane")
-    live, ready = seen[0]
-    if ready.status == 503:  # not already loaded
-        assert (
-            live.status == 200
-            and "loading" in live.json()["message"]
-            and "loading" in ready.json()["message"]
-        )
+    eventually(answered, 30.0, "an answer from the management plane")
+    live, ready = answers
+    assert (live.status, ready.status) == (200, 503)
+    assert "loading" in live.json()["message"] and "loading" in ready.json()["message"]
+    worker.send_signal(signal.SIGCONT)
     daemon.wait_ready()
     assert daemon.manage("/v2/health/live").body == b"" and daemon.manage("/v2/health/ready").body == b""
 
