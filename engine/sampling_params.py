@@ -29,6 +29,15 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     min_p: float = 0.0  # 0 = off; else drop tokens less likely than min_p x the best one
     min_tokens: int = 0  # EOS and stop tokens are masked until so many tokens are generated
+    grammar: str = ""  # what the answer must follow, in llguidance's form; "" = anything
+    reasoning_end: tuple[
+        int, ...
+    ] = ()  # ids that end the reasoning before the answer; () = there is none
+    thinking_budget: int = 0  # tokens of reasoning after which `reasoning_end` is forced; 0 = no limit
+    prompt_logprobs: int = (
+        -1
+    )  # -1: none; k >= 0: of each prompt token and the k most likely
+    lora: str = ""  # name of the adapter; "" = the base model
 
     @property
     def greedy(self) -> bool:
@@ -36,7 +45,9 @@ class SamplingParams:
 
     @property
     def edits_logits(self) -> bool:
-        return bool(self.needs_penalties or self.logit_bias or self.min_tokens)
+        return bool(
+            self.needs_penalties or self.logit_bias or self.min_tokens or self.grammar or self.thinking_budget
+        )
 
     @property
     def needs_penalties(self) -> bool:

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from endpoint import sse
-from endpoint.protocols.base import (
-    Body,
-    ChatPrompt,
-    Completion,
-    GenerationRequest,
-    ModelInfo,
-    Reply,
-    ReplyContext,
-    TokenLogprob,
-    TokenStep,
-)
+from endpoint.protocols.base import Body, ChatPrompt, GenerationRequest, ModelInfo, Reply, ReplyContext
 from endpoint.protocols.chat_messages import chat_messages
+from endpoint.protocols.openai_chat_reply import ChatReply
 from endpoint.protocols.openai_fields import check_model, read_openai
-from endpoint.protocols.openai_reply import FINISH, OpenAIReply
 from endpoint.validation import COUNT, Fields, Range, function_name, objects, refuse_unsupported, show
 from engine.errors import InvalidRequest
 
@@ -50,94 +39,13 @@ class OpenAIChat:
                 "continue_final_message": fields.flag("continue_final_message"),
             },
         )
-        return read_openai(fields, model, prompt, _logprobs(fields))
+        return read_openai(fields, model, prompt, wanted_logprobs(fields))
 
     def reply(self, request: GenerationRequest, body: Body, context: ReplyContext) -> Reply:
-        return ChatReply(request, body, context)
+        return ChatReply(request, body, context, wanted_logprobs(Fields(body)))
 
 
-class ChatReply(OpenAIReply):
-    chunk_object = "chat.completion.chunk"
-    result_object = "chat.completion"
-
-    def __init__(self, request: GenerationRequest, body: Body, context: ReplyContext) -> None:
-        super().__init__(request, body, context)
-        self._logprobs = _logprobs(Fields(body))
-
-    # The role is in every delta, and there is no frame with the role alone: the first frame is what clients
-    # take for the first token.
-
-    def _unfinished_choice(self, step: TokenStep, text: str) -> str:
-        return (
-            f'{{"index":{step.choice},"delta":{{"role":"assistant","content":{sse.json_text(text)}}},'
-            f'"logprobs":{self._step_logprobs_json(step)},"finish_reason":null}}'
-        )
-
-    def _last_choice(self, step: TokenStep, text: str) -> dict[str, Any]:
-        return {
-            "index": step.choice,
-            "delta": {"role": "assistant", "content": text},
-            "logprobs": self._step_logprobs(step),
-            "finish_reason": FINISH[step.finish] if step.finish else None,
-        }
-
-    def _last_members(self, step: TokenStep) -> dict[str, Any]:
-        return {"full_text": step.full_text} if self._context.full_text_frames else {}
-
-    def _whole_choices(self, completions: Sequence[Completion]) -> list[dict[str, Any]]:
-        return [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": completion.text, "tool_calls": []},
-                "logprobs": self._all_logprobs(completion),
-                "finish_reason": FINISH[completion.finish],
-            }
-            for index, completion in enumerate(completions)
-        ]
-
-    def _timings(self, completion: Completion) -> dict[str, Any]:
-        rounded = [round(ms, 2) for ms in completion.latencies_ms]
-        return {"prefill_time": rounded[0] if rounded else None, "decode_time_arr": rounded[1:]}
-
-    def beam_frames(self, completions: Sequence[Completion]) -> Sequence[bytes]:
-        self._note_whole(completions)
-        return [self._beam_frame(index, completion) for index, completion in enumerate(completions)]
-
-    def _beam_frame(self, index: int, completion: Completion) -> bytes:
-        choice = {
-            "index": index,
-            "delta": {"role": "assistant", "content": completion.text},
-            "logprobs": self._all_logprobs(completion),
-            "finish_reason": FINISH[completion.finish],
-        }
-        members = {**self._usage_member([self._counts[index]]), "choices": [choice]}
-        if self._context.full_text_frames:
-            members["full_text"] = completion.text
-        return self._chunk(members)
-
-    def _step_logprobs_json(self, step: TokenStep) -> str:
-        return "null" if step.logprob is None else sse.dumps(self._step_logprobs(step))
-
-    def _step_logprobs(self, step: TokenStep) -> dict[str, Any] | None:
-        if self._logprobs < 0 or step.logprob is None:
-            return None
-        return {"content": [self._entry(step.logprob, step.top_logprobs)]}
-
-    def _all_logprobs(self, completion: Completion) -> dict[str, Any] | None:
-        if self._logprobs < 0:
-            return None
-        pairs = zip(completion.logprobs, completion.top_logprobs, strict=True)
-        return {"content": [self._entry(token, top) for token, top in pairs]}
-
-    def _entry(self, token: TokenLogprob, top: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return {**_logprob(token), "top_logprobs": [_logprob(other) for other in top[: self._logprobs]]}
-
-
-def _logprob(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
-
-
-def _logprobs(fields: Fields) -> int:
+def wanted_logprobs(fields: Fields) -> int:
     """-1 when not asked for, else how many of the most likely tokens; `top_logprobs` alone asks too."""
     wanted = fields.boolean("logprobs")
     top = fields.integer("top_logprobs", _TOP_LOGPROBS)
