@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from daemon.config_files import FILE_MODE, Permissions, find_model, find_tls_files, is_there
+from daemon.config_files import FILE_MODE, Permissions, find_model, find_tls_files, is_mock, is_there
 from daemon.config_json import FILE_DEPTH, VALUE_DEPTH, parse_json
+from daemon.config_lora import find_adapters
+from daemon.config_models import find_chat_settings
 from daemon.config_report import ConfigError, Report, shown
 from daemon.config_rules import check_rules, server_addresses, server_ports
 from daemon.config_schema import BACKEND, DEPLOY, MODEL, RUNTIME, SCHEDULE, SERVER
@@ -23,9 +25,11 @@ from daemon.log_settings import read_log_settings
 from endpoint.tls import check_listeners
 from engine.errors import StartupError
 from engine.settings import (
+    ChatSettings,
     EndpointSettings,
     Listener,
     LogSettings,
+    LoraSettings,
     ModelSettings,
     ScheduleSettings,
     ServerSettings,
@@ -51,9 +55,11 @@ def load_settings(config_file: Path | None, environ: Mapping[str, str], executab
     check_rules(values, report)
     memory_fraction = _memory_fraction(environ, report)
     listeners = _listeners(root, values, permissions, report)
-    weight_path = Path()
+    weight_path, lora = Path(), LoraSettings()
     if values.has(f"{MODEL}.modelWeightPath"):
         weight_path = find_model(root, values, permissions, report)
+        lora = find_adapters(root, weight_path, values, permissions, report)
+    chat = find_chat_settings(root, values, permissions, report)
     if report.findings:
         raise ConfigError([*report.findings, *_certificate_findings(listeners)], path)
 
@@ -67,7 +73,7 @@ def load_settings(config_file: Path | None, environ: Mapping[str, str], executab
         config_file=path,
         endpoint=_endpoint(values, listeners, environ, report),
         schedule=_schedule(values, report),
-        model=_model(values, weight_path, memory_fraction),
+        model=_model(values, weight_path, memory_fraction, lora, chat),
         log=log,
         device_ids=tuple(tuple(ids) for ids in values.raw(f"{BACKEND}.npuDeviceIds")),
         worker_init_timeout_s=values.integer(f"{RUNTIME}.workerInitTimeoutSec"),
@@ -318,11 +324,13 @@ def _truncation(value: bool | int) -> Literal["off", "keep_head", "keep_tail"]:
     return "keep_tail" if value == 1 else "off"
 
 
-def _model(values: Values, weight_path: Path, memory_fraction: float) -> ModelSettings:
+def _model(
+    values: Values, weight_path: Path, memory_fraction: float, lora: LoraSettings, chat: ChatSettings
+) -> ModelSettings:
     return ModelSettings(
         name=values.text(f"{MODEL}.modelName"),
         weight_path=weight_path,
-        instance_type="Standard",
+        instance_type="StandardMock" if is_mock(values) else "Standard",
         device_type=cast(Literal["auto", "npu", "cuda", "cpu"], values.text(f"{RUNTIME}.deviceType")),
         dtype=cast(Literal["auto", "float32", "bfloat16", "float16"], values.text(f"{RUNTIME}.dtype")),
         kv_cache_gib=values.integer(f"{MODEL}.npuMemSize"),
@@ -334,4 +342,6 @@ def _model(values: Values, weight_path: Path, memory_fraction: float) -> ModelSe
         ignore_eos=values.flag(f"{MODEL}.ignore_eos"),
         world_size=values.integer(f"{MODEL}.worldSize"),
         cpu_mem_gib=values.integer(f"{MODEL}.cpuMemSize"),
+        lora=lora,
+        chat=chat,
     )

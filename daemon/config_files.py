@@ -15,11 +15,11 @@ from daemon.config_report import Report
 from daemon.config_schema import DEPLOY, MODEL, SERVER
 from daemon.config_values import Values
 from endpoint.tls import KEY_PREFIX
+from engine.file_modes import DIRECTORY_MODE, access_problems
 from engine.settings import Plane, TlsFiles
 
 PERMISSION_VARIABLE = "MINDIE_CHECK_INPUTFILES_PERMISSION"
 FILE_MODE = 0o640
-DIRECTORY_MODE = 0o750
 SECRET_MODE = 0o600
 
 
@@ -36,7 +36,7 @@ def _look(path: Path) -> os.stat_result | OSError:
         return error
 
 
-def _fault(path: Path, want: Literal["file", "directory"]) -> str | None:
+def path_fault(path: Path, want: Literal["file", "directory"]) -> str | None:
     """What keeps `path` from being read; None when nothing does."""
     info = _look(path)
     if isinstance(info, FileNotFoundError | NotADirectoryError):
@@ -64,6 +64,11 @@ class Permissions:
         if environ.get(PERMISSION_VARIABLE) not in (None, "", "0", "1"):
             report.warn(f"{PERMISSION_VARIABLE}={environ[PERMISSION_VARIABLE]}: neither 0 nor 1, ignored")
 
+    @property
+    def policy(self) -> Literal["warn", "refuse", "off"]:
+        """What is done about files that are no secrets."""
+        return "off" if self._off else "refuse" if self._strict else "warn"
+
     def check(self, key: str, value: object, path: Path, limit: int, secret: bool = False) -> None:
         """Report `path` when its mode is wider than `limit` or it belongs to somebody else.
 
@@ -71,54 +76,12 @@ class Permissions:
         """
         if self._off:
             return
-        problems = _mode_problems(path, limit) + _owner_problems(path)
-        for wrong, command in problems:
+        for wrong, command in access_problems(path, limit):
             if secret or self._strict:
                 limits = f"mode {limit:04o} or tighter, owner uid {os.geteuid()}"
                 self._report.refuse(key, value, f"{wrong}; run: {command}", limits)
             else:
                 self._report.warn(f"{key}={path}: {wrong}; run: {command}")
-
-
-def _mode_problems(path: Path, limit: int) -> list[tuple[str, str]]:
-    info = path.stat()
-    if not stat.S_ISDIR(info.st_mode):
-        mode = info.st_mode & 0o777
-        if mode & ~limit:
-            return [
-                (f"mode {mode:04o} is wider than {limit:04o}", f"chmod {limit:04o} {shlex.quote(str(path))}")
-            ]
-        return []
-    wide = [name for name, mode in _modes_inside(path) if mode & ~(limit & 0o666)]
-    mode = info.st_mode & 0o777
-    if mode & ~limit or wide:
-        what = f"mode {mode:04o}" if mode & ~limit else f"mode of {', '.join(sorted(wide)[:3])}"
-        command = f"chmod -R u=rwX,g=rX,o= {shlex.quote(str(path))}"
-        return [
-            (
-                f"{what} is wider than {limit:04o} for the directory, {limit & 0o666:04o} for its files",
-                command,
-            )
-        ]
-    return []
-
-
-def _modes_inside(directory: Path) -> list[tuple[str, int]]:
-    """Names and permission bits of the regular files directly inside, as far as they can be looked at."""
-    looks = [(path.name, _look(path)) for path in directory.iterdir()]
-    return [
-        (name, info.st_mode & 0o777)
-        for name, info in looks
-        if not isinstance(info, OSError) and stat.S_ISREG(info.st_mode)
-    ]
-
-
-def _owner_problems(path: Path) -> list[tuple[str, str]]:
-    owner, wanted = path.stat().st_uid, os.geteuid()
-    if owner == wanted:
-        return []
-    option = "-R " if path.is_dir() else ""
-    return [(f"belongs to uid {owner}, not {wanted}", f"chown {option}{wanted} {shlex.quote(str(path))}")]
 
 
 # --- certificates ---
@@ -186,7 +149,7 @@ class _SecuredFiles:
 
     def _check(self, key: str, value: str, relative: str, secret: bool, hint: str) -> Path | None:
         path = Path(os.path.normpath(f"{self._root}/{relative}"))
-        wrong = self._place_fault(path) or _fault(path, "file")
+        wrong = self._place_fault(path) or path_fault(path, "file")
         if wrong:
             allowed = f"a readable file below {self._root}, or set httpsEnabled=false{hint}"
             self._report.refuse(key, value, wrong, allowed)
@@ -214,16 +177,24 @@ def find_model(root: Path, values: Values, permissions: Permissions, report: Rep
     given = values.text(_WEIGHT_PATH)
     path = root / given  # an absolute path replaces the root
     allowed = "a directory with config.json, tokenizer.json and *.safetensors"
-    if wrong := _fault(path, "directory"):
+    if wrong := path_fault(path, "directory"):
         nearest = "" if is_there(path) else _nearest(path)
         report.refuse(_WEIGHT_PATH, given, wrong + nearest, allowed)
         return path
     permissions.check(_WEIGHT_PATH, given, path, DIRECTORY_MODE)
     names = sorted(entry.name for entry in path.iterdir())
-    for wrong in [*_tokenizer_faults(path, names), *_weight_faults(path, names)]:
-        report.refuse(_WEIGHT_PATH, given, wrong, allowed)
-    _check_model_config(path, given, values, report)
+    if not is_mock(values):
+        for wrong in [*_tokenizer_faults(path, names), *_weight_faults(path, names)]:
+            report.refuse(_WEIGHT_PATH, given, wrong, allowed)
+    if "config.json" in names or not is_mock(values):
+        _check_model_config(path, given, values, report)
     return path
+
+
+def is_mock(values: Values) -> bool:
+    """Whether no weights are wanted: then the files of the model may be there or not."""
+    path = f"{MODEL}.modelInstanceType"
+    return values.has(path) and values.text(path) == "StandardMock"
 
 
 def _nearest(path: Path) -> str:

@@ -366,8 +366,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(f"{SERVER}.layerwiseDisaggregated", (False,), "false"),
     Unsupported(f"{BACKEND}.multiNodesInferEnabled", (False,), "false"),
     Unsupported(f"{KV_POOL}.backend", ("",), '""'),
-    Unsupported(f"{DEPLOY}.LoraModules", ((), []), "[], or leave the key out"),
-    Unsupported(f"{MODEL}.modelInstanceType", ("standard", "targetmodel", "assistantmodel"), '"Standard"'),
     Unsupported(
         _WORLD, (1,), "1, with one device id in each list of npuDeviceIds (no tensor parallelism yet)"
     ),
@@ -381,11 +379,9 @@ WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (f"{BACKEND}.backendName", ("mindieservice_llm_engine",), "ignored, there is one engine only"),
     (f"{HEALTH}.npuUsageThreshold", (0,), _LATER),
     (f"{SERVER}.openAiSupport", ("vllm",), "not available in this build yet; answering in the vLLM flavour"),
-    (f"{DEPLOY}.maxLoras", (0,), _LATER),
     (f"{DEPLOY}.speculationGamma", (0,), _LATER),
     (f"{MODEL}.backendType", ("atb", "torch"), "ignored, the PyTorch engine is used"),
     (f"{MODEL}.modelInstanceType", ("Standard", "StandardMock"), "treated as Standard"),
-    (f"{MODEL}.models", (None, {}), "options of NPU kernels, ignored"),
     (f"{MODEL}.trustRemoteCode", (False,), "security: this would let code from the weight directory run"),
     (f"{SCHEDULE}.templateType", ("Standard",), _LATER),
     (f"{SCHEDULE}.supportSelectBatch", (False,), _LATER),

@@ -68,7 +68,7 @@ class Key:
     def fault(self, value: object) -> str | None:
         """What is wrong with `value` on its own; None when nothing is."""
         if not _is_kind(self.kind, value):
-            return f"must be {_KIND_TEXT[self.kind]}, not {_TYPE_TEXT[type(value)]}"
+            return f"must be {_KIND_TEXT[self.kind]}, not {_type_text(value)}"
         if self.choices and value not in self.choices:
             return "not one of the allowed values"
         if self.kind == "int" and not (self.low <= value <= self.high or value in self.also):  # type: ignore[operator]
@@ -99,8 +99,14 @@ _TYPE_TEXT: dict[type, str] = {
     float: "a number with fraction or exponent",
     str: "a string",
     list: "an array like this",
+    dict: "an object",
     type(None): "null",
 }
+
+
+def _type_text(value: object) -> str:
+    # by isinstance: a parsed object is a dict of its own kind; bool stands before int, which it also is
+    return next(text for kind, text in _TYPE_TEXT.items() if isinstance(value, kind))
 
 
 def _is_int(value: object) -> bool:

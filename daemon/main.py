@@ -123,16 +123,19 @@ def _supervise(
             return run_endpoint(
                 EndpointContext(settings.endpoint, settings.schedule, settings.model, sockets, wires, control)
             )
+        wire = wires[spec.instance]
+        given = WorkerContext(settings.model, settings.schedule, wire, spec.device, num_workers, control)
+        if settings.model.instance_type == "StandardMock":
+            from worker.mock import run_mock_worker
+
+            return run_mock_worker(given)
         from worker.environment import prepare_environment
 
         prepare_environment()
         from worker.main import run_worker
 
         set_process_name()  # importing torch is reported to rename the thread
-        wire = wires[spec.instance]
-        return run_worker(
-            WorkerContext(settings.model, settings.schedule, wire, spec.device, num_workers, control)
-        )
+        return run_worker(given)
 
     limits = Limits(settings.worker_init_timeout_s, settings.graceful_stop_timeout_s)
     log.info("configuration %s, %d worker(s)", settings.config_file, num_workers)

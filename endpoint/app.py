@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
 from endpoint import http_errors, metadata, models_api
+from endpoint.generation_stream import GenerationStream
+from endpoint.http_protocol import make_canonical
 from endpoint.json_body import parse_body
 from endpoint.management import ManagementPlane
 from endpoint.metadata import SERVER_NAME
 from endpoint.metrics import CONTENT_TYPE, Metrics, Outcome
 from endpoint.protocols.base import GenerationRequest, ProtocolAdapter, Reply
 from endpoint.protocols.triton import MODEL_PATH, stop_infer_id
-from endpoint.service import GenerationService, GenerationStream
+from endpoint.request_body import read_body
+from endpoint.request_id import internal_id, new_uuid
+from endpoint.service import GenerationService
 from endpoint.token_count import parse_count
-from engine.errors import EngineFailed, InvalidRequest, ServerError, ServiceUnavailable
+from engine.errors import EngineFailed, InvalidRequest, ServerError, ServiceUnavailable, WrongState
 from engine.settings import EndpointSettings, ModelSettings, Plane, ScheduleSettings
 
 log = logging.getLogger("server.http")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_UUID = "uuid"  # of a request, under this key
 _STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
 
@@ -59,6 +63,7 @@ class BusinessPlane:
             web.get(MODEL_PATH, self._model_metadata),
             web.get(f"{MODEL_PATH}/config", self._model_config),
             web.post(f"{MODEL_PATH}/stopInfer", self._stop_infer),
+            web.get("/dresult", self._decode_results),
         ]
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -93,6 +98,11 @@ class BusinessPlane:
         service.cancel(client_id)
         return web.json_response({"id": client_id})
 
+    async def _decode_results(self, request: web.Request) -> web.Response:
+        raise WrongState(
+            "this server does prefill and decode itself: there are no results of another to fetch"
+        )
+
     def _generation_handler(self, adapters: Sequence[ProtocolAdapter]) -> Handler:
         async def handle(http: web.Request) -> web.StreamResponse:
             with self._metrics.request() as outcome:
@@ -107,26 +117,17 @@ class BusinessPlane:
             if adapter is None:
                 raise InvalidRequest(f"{http.path}: the body belongs to no known dialect; see docs/api.md")
             request = adapter.parse(body, service.info, http.match_info)
-            async with service.open(request) as stream:
+            request_id = internal_id(http.headers, http[_UUID])
+            async with service.open(request, request_id) as stream:
                 reply = adapter.reply(request, body, stream.context)
-                response = await _answer(http, request, stream, reply)
+                response = await _answer(http, request_id, request, stream, reply)
                 outcome.ok = stream.complete
                 return response
 
         return handle
 
     async def _read_body(self, http: web.Request) -> bytes:
-        encoding = http.headers.get("Content-Encoding", "identity")
-        if encoding.lower() != "identity":
-            raise InvalidRequest("`Content-Encoding` must be identity; send the body uncompressed")
-        if (http.content_length or 0) > self._settings.max_request_bytes:
-            raise http_errors.body_too_large(self._settings.max_request_bytes)  # before it is read
-        try:
-            return await http.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise http_errors.body_too_large(self._settings.max_request_bytes) from None
-        except web.RequestPayloadError:
-            raise InvalidRequest("the body ended early or its chunks are malformed; send it again") from None
+        return await read_body(http, self._settings.max_request_bytes)
 
     def _ready_service(self) -> GenerationService:
         if self.service is None:
@@ -135,10 +136,13 @@ class BusinessPlane:
 
 
 async def _answer(
-    http: web.Request, request: GenerationRequest, stream: GenerationStream, reply: Reply
+    http: web.Request, request_id: str, request: GenerationRequest, stream: GenerationStream, reply: Reply
 ) -> web.StreamResponse:
     if not request.stream:
-        return web.json_response(body=reply.result(await stream.collect()))
+        completions = await stream.collect()
+        if request.sampling.prompt_logprobs >= 0:  # may be megabytes
+            return web.json_response(body=await asyncio.to_thread(reply.result, completions))
+        return web.json_response(body=reply.result(completions))
     response = web.StreamResponse(headers=_STREAM_HEADERS)
     if request.sampling.beam_search:  # nothing is final before all beams have ended
         frames = reply.beam_frames(await stream.collect())
@@ -162,7 +166,7 @@ async def _answer(
         if not response.prepared:
             raise
         if not isinstance(error, ServerError):
-            log.exception("%s failed after its first frame", http.path)
+            log.exception("%s, request %s failed after its first frame", http.path, request_id)
             error = EngineFailed()
         for frame in reply.error_frames(error):
             await response.write(frame)
@@ -176,6 +180,7 @@ async def _answer(
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every failure becomes the canonical body; only our own texts reach a client."""
+    request[_UUID] = new_uuid()
     try:
         return await handler(request)
     except ServerError as error:
@@ -187,7 +192,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except (web.HTTPException, ConnectionError):
         raise
     except Exception as error:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s, request %s failed", request.method, request.path, request[_UUID])
         return _error_response(error)
 
 
@@ -200,7 +205,9 @@ def _error_response(error: Exception) -> web.Response:
 
 
 async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["RequestUUID"] = secrets.token_hex(16)
+    if isinstance(response, web.HTTPException):  # raised by aiohttp before our handlers, such as 417
+        make_canonical(response)
+    response.headers["RequestUUID"] = request.get(_UUID) or new_uuid()
     response.headers["Server"] = SERVER_NAME  # not which libraries in which versions
 
 

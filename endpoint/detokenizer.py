@@ -43,9 +43,13 @@ class IncrementalDetokenizer:
         skip_special_tokens: bool = True,
         stop: Sequence[str] = (),
         include_stop: bool = False,
+        kept: Set[int] = frozenset(),
     ) -> None:
-        """With empty `prompt_ids` the text is what decoding the output alone gives."""
-        self._text = _TextWindow(tokenizer, prompt_ids, skip_special_tokens)
+        """With empty `prompt_ids` the text is what decoding the output alone gives.
+
+        `kept`: special tokens that are written out although others are skipped.
+        """
+        self._text = _TextWindow(tokenizer, prompt_ids, skip_special_tokens, kept)
         self._stop = _StopFilter(stop, include_stop) if stop else None
 
     def push(self, token_id: int, last: bool = False) -> TextDelta:
@@ -68,11 +72,20 @@ class _TextWindow:
     The first `num_sent` characters after it have been sent too.
     """
 
-    def __init__(self, tokenizer: TokenDecoder, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: TokenDecoder,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool,
+        kept: Set[int] = frozenset(),
+    ) -> None:
         self._decode = tokenizer.decode
         self._knows = tokenizer.knows
         self._skip = skip_special_tokens
         self._skipped: Set[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
+        if skip_special_tokens and kept:  # the tokenizer skips all or none, so the others are left out here
+            self._skip, self._skipped = False, tokenizer.special_ids - kept
+            prompt_ids = [id_ for id_ in prompt_ids[-_MAX_WINDOW:] if id_ not in self._skipped]
         self._ids, self._context_text = self._prompt_context(prompt_ids)
         self._num_context = len(self._ids)
         self._num_sent = 0

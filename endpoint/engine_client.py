@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +23,15 @@ from engine.sampling_params import SamplingParams
 from engine.wire import layout
 from engine.wire.channel import Channel
 from engine.wire.links import InstanceWire
-from engine.wire.messages import Abort, EngineReady, EngineStats, Submit
+from engine.wire.messages import (
+    Abort,
+    EngineReady,
+    EngineStats,
+    LoraDone,
+    LoraLoad,
+    LoraUnload,
+    Submit,
+)
 from engine.wire.ring import RingReader, RingWriter
 
 log = logging.getLogger("server.engine_client")
@@ -33,7 +42,11 @@ _ERRORS: dict[int, type[ServerError]] = {
 _REFUSALS: dict[type[ServerError], str] = {
     errors.GenerationRefused: "the engine's cache cannot hold this request: prompt, answer and number of "
     "choices together; lower one of them, or give the server more cache (npuMemSize, kvCacheMemMiB)",
+    errors.GrammarFailed: "the answer could not go on in the format asked for (response_format, "
+    "structured_outputs, guided_*, tools): no token was legal, or finding one took too much; simplify it",
     EngineFailed: "the model produced no usable result for this request (its logits were not numbers)",
+    errors.InvalidRequest: "the adapter of this request was unloaded before the request began; "
+    "GET /v1/models lists the loaded ones",
 }
 
 
@@ -43,7 +56,7 @@ _RING_FULL_S = 0.001
 class Token(NamedTuple):
     """One row of a token record, stamped with the time it was read (monotonic seconds)."""
 
-    branch: int
+    branch: int  # the flight's number: those of its first part come first
     token_id: int
     finish: FinishCode
     batch_size: int
@@ -53,26 +66,50 @@ class Token(NamedTuple):
     top: Sequence[tuple[int, float]]
 
 
-@dataclass(slots=True)
-class Flight:
-    """One request in the engine, from Submit to the last row of its last branch. Read by one task only."""
+class PromptRow(NamedTuple):
+    """What the model thought of one token of a prompt, the first of which it cannot foresee."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: it was the most likely one
+    others: Sequence[tuple[int, float]]  # the most likely ones without it, best first
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """One prompt of a request: to the engine it is a request of its own."""
 
     request_id: int
     link: InstanceLink
-    branches: int
+    flight: Flight
+    first: int  # the flight's number of its branch 0
+    ended: set[int] = field(default_factory=set)  # its branches without further tokens, by its own numbers
+    prompt_rows: list[PromptRow] = field(default_factory=list)  # when asked for: all before the first token
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One request in the engine, from Submit to the last row of its last branch. Read by one task only."""
+
+    branches: int  # of each part
     arrival: float  # monotonic seconds; when the HTTP request came
     submitted: float
     last_token: float  # when the last token came, or the request was submitted
     token_limit_s: float  # longest wait between two tokens
-    ended: set[int] = field(default_factory=set)  # branches without further tokens
-    cancelled: bool = False  # the next token of each branch is its last
+    parts: list[Part] = field(default_factory=list)
+    _cancelled: bool = False
     _arrived: deque[Token] = field(default_factory=deque)
     _failure: ServerError | None = None
     _waiter: asyncio.Future[None] | None = None
 
-    async def next(self) -> Token:
-        """The next token. Raises the ServerError that ended the request instead."""
+    def __str__(self) -> str:
+        return ", ".join(str(part.request_id) for part in self.parts)
+
+    async def next(self) -> Token | None:
+        """The next token, None when the request was cancelled. Raises the ServerError that ended it."""
         while not self._arrived:
+            if self._cancelled:
+                return None
             if self._failure is not None:
                 raise self._failure
             self._waiter = asyncio.get_running_loop().create_future()
@@ -89,6 +126,16 @@ class Flight:
         if self._failure is None:
             self._failure = error
             self._wake()
+
+    @classmethod
+    def never_flown(cls, arrival: float) -> Flight:
+        """Of a request that was cancelled before it reached the engine."""
+        return cls(1, arrival, arrival, arrival, math.inf, _cancelled=True)
+
+    def cancel(self) -> None:
+        """End the request with what it has."""
+        self._cancelled = True
+        self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -108,7 +155,8 @@ class InstanceLink:
         self.ready: EngineReady | None = None
         self.stats: EngineStats | None = None
         self.down: str | None = None  # why it can take no more requests
-        self.num_flights = 0
+        self.adapter_waits: dict[str, asyncio.Future[str]] = {}  # by adapter: the answer that is awaited
+        self.num_parts = 0  # in flight
 
 
 class EngineClient:
@@ -121,7 +169,8 @@ class EngineClient:
         """`failure` ends with an exception when what came from an engine cannot be understood."""
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._links = [InstanceLink(wire, context) for wire in wires]
-        self._flights: dict[int, Flight] = {}
+        self._parts: dict[int, Part] = {}  # by request id
+        self.last_token_at = 0.0  # monotonic seconds; of any request
         self._ids = itertools.count(1)
         self._all_ready = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -153,27 +202,60 @@ class EngineClient:
         """How full each instance is, at most a second old."""
         return [_occupancy(link) for link in self._links]
 
-    def flights(self) -> list[Flight]:
-        return list(self._flights.values())
+    # -- adapters -----------------------------------------------------------------------------------
+
+    async def change_adapters(self, command: LoraLoad | LoraUnload) -> str:
+        """Have every instance carry it out; what is wrong with it, "" when all have.
+
+        Only one change of a name at a time. Raises ServiceUnavailable or EngineFailed when an instance is or
+        gets lost.
+        """
+        waits = []
+        for link in self._links:
+            _check_up(link)
+            wait: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            link.adapter_waits[command.name] = wait
+            waits.append(wait)
+            if not link.commands.send(command):
+                raise ServiceUnavailable("the model instance died; try again later", retry_after_s=5)
+        faults = await asyncio.gather(*waits)
+        return next((fault for fault in faults if fault), "")
 
     # -- requests -----------------------------------------------------------------------------------
 
     async def submit(
         self,
-        prompt_ids: Sequence[int],
-        sampling: SamplingParams,
+        prompts: Sequence[tuple[Sequence[int], SamplingParams]],
         priority: int,
         *,
         arrival: float,
         token_limit_s: float,
     ) -> Flight:
-        """Send a request on its way. Raises ServiceUnavailable when no instance can take it."""
+        """Send the prompts of a request on their way, each to the instance with the least to do.
+
+        All have as many branches. Raises ServiceUnavailable when no instance can take one of them; the others
+        are then aborted.
+        """
+        now = time.monotonic()
+        flight = Flight(prompts[0][1].branches, arrival, now, now, token_limit_s)
+        try:
+            for prompt_ids, sampling in prompts:
+                await self._submit_part(flight, prompt_ids, sampling, priority)
+        except BaseException:
+            self.close(flight)
+            raise
+        flight.submitted = flight.last_token = time.monotonic()
+        return flight
+
+    async def _submit_part(
+        self, flight: Flight, prompt_ids: Sequence[int], sampling: SamplingParams, priority: int
+    ) -> None:
         candidates = [link for link in self._links if link.ready is not None and link.down is None]
         if not candidates:
             raise ServiceUnavailable(
                 "no model instance can take requests now; try again later", retry_after_s=5
             )
-        link = min(candidates, key=lambda candidate: candidate.num_flights)
+        link = min(candidates, key=lambda candidate: candidate.num_parts)
         request_id = next(self._ids)
         async with link.prompt_lock:
             _check_up(link)  # the wait may have been long
@@ -186,42 +268,52 @@ class EngineClient:
             link.prompts.commit()
             if not link.commands.send(Submit(request_id, len(prompt_ids), priority, sampling)):
                 raise ServiceUnavailable("the model instance died; try again later", retry_after_s=5)
-        now = time.monotonic()
-        flight = Flight(request_id, link, sampling.branches, arrival, now, now, token_limit_s)
-        self._flights[request_id] = flight
-        link.num_flights += 1
-        return flight
+        part = Part(request_id, link, flight, len(flight.parts) * flight.branches)
+        flight.parts.append(part)
+        self._parts[request_id] = part
+        link.num_parts += 1
 
     def close(self, flight: Flight) -> None:
-        """The reader is done with this flight; aborts it in the engine when it still runs there."""
-        if self._forget(flight.request_id) is not None and flight.link.down is None:
-            flight.link.commands.send(Abort(flight.request_id, branch=-1))
+        """The reader is done with this flight; aborts what of it still runs in the engine."""
+        for part in flight.parts:
+            self._close_part(part)
+
+    def _close_part(self, part: Part) -> None:
+        if self._forget(part) and part.link.down is None:
+            part.link.commands.send(Abort(part.request_id, branch=-1))
 
     def end_branch(self, flight: Flight, branch: int) -> None:
         """No further tokens of this branch are wanted."""
-        if branch in flight.ended:
+        part = flight.parts[branch // flight.branches]
+        branch -= part.first
+        if branch in part.ended:
             return
-        flight.ended.add(branch)
-        if len(flight.ended) == flight.branches:
-            self.close(flight)
-        elif flight.link.down is None:
-            flight.link.commands.send(Abort(flight.request_id, branch))
+        part.ended.add(branch)
+        if len(part.ended) == flight.branches:
+            self._close_part(part)
+        elif part.link.down is None:
+            part.link.commands.send(Abort(part.request_id, branch))
 
     def instance_down(self, instance: int, reason: str) -> None:
         link = self._links[instance]
         link.down = reason
-        for flight in self.flights():
-            if flight.link is link:
-                self._forget(flight.request_id)
-                flight.fail(
+        for wait in link.adapter_waits.values():
+            if not wait.done():
+                wait.set_exception(EngineFailed("the model instance died while its adapters were changed"))
+        link.adapter_waits.clear()
+        for part in list(self._parts.values()):
+            if part.link is link:
+                self._forget(part)
+                part.flight.fail(
                     EngineFailed("the model instance serving this request died; send the request again")
                 )
 
-    def _forget(self, request_id: int) -> Flight | None:
-        flight = self._flights.pop(request_id, None)
-        if flight is not None:
-            flight.link.num_flights -= 1
-        return flight
+    def _forget(self, part: Part) -> bool:
+        """Whether it was still known."""
+        if self._parts.pop(part.request_id, None) is None:
+            return False
+        part.link.num_parts -= 1
+        return True
 
     # -- what comes back ----------------------------------------------------------------------------
 
@@ -237,22 +329,28 @@ class EngineClient:
         while (slot := link.tokens.take()) is not None:
             batch_size, rows = layout.read_tokens(slot)
             link.tokens.release()
-            now = time.monotonic()
+            now = self.last_token_at = time.monotonic()
             for row in rows:
-                flight = self._flights.get(row.request_id)
-                if flight is None or row.branch in flight.ended:
+                part = self._parts.get(row.request_id)
+                if part is None or row.branch in part.ended:
                     continue  # aborted; the step was already under way
+                flight = part.flight
+                if row.rank:
+                    part.prompt_rows.append(PromptRow(row.token, row.logprob, row.rank, row.top))
+                    continue
                 if row.finish:
-                    flight.ended.add(row.branch)
-                    if len(flight.ended) == flight.branches or row.error:
-                        self._forget(row.request_id)
+                    part.ended.add(row.branch)
+                    if len(part.ended) == flight.branches:
+                        self._forget(part)
+                    elif row.error:
+                        self._close_part(part)  # nobody waits for its other branches any more
                 if row.error:
                     cls = _ERRORS[row.error]
                     flight.fail(cls(_REFUSALS.get(cls, "the engine ended this request")))
                     continue
                 flight.push(
                     Token(
-                        row.branch,
+                        part.first + row.branch,
                         row.token,
                         FinishCode(row.finish),
                         batch_size,
@@ -271,6 +369,10 @@ class EngineClient:
                     self._all_ready.set()
             elif isinstance(message, EngineStats):
                 link.stats = message
+            elif isinstance(message, LoraDone):
+                wait = link.adapter_waits.pop(message.name, None)
+                if wait is not None and not wait.done():
+                    wait.set_result(message.error)
             else:
                 log.warning("unexpected %s on the event channel", type(message).__name__)
 

@@ -7,12 +7,15 @@ from engine.errors import (
     BodyTooLarge,
     EngineFailed,
     GenerationRefused,
+    GrammarFailed,
     InvalidRequest,
+    MalformedRequest,
     MethodNotAllowed,
     NotFound,
     RequestTimeout,
     ServerError,
     ServiceUnavailable,
+    WrongState,
 )
 
 # status and error class, as clients see them
@@ -23,9 +26,12 @@ STATUS: dict[type[ServerError], tuple[int, str]] = {
     MethodNotAllowed: (405, "Method Not Allowed"),
     BodyTooLarge: (413, "Request Entity Too Large"),
     GenerationRefused: (424, "Generation Error"),
+    GrammarFailed: (424, "Generation Error"),
     RequestTimeout: (500, "Incomplete Generation"),
     EngineFailed: (500, "Incomplete Generation"),
     ServiceUnavailable: (503, "Service Unavailable"),
+    WrongState: (400, "Bad Request"),
+    MalformedRequest: (400, "Bad Request"),
 }
 
 _INTERNAL = "the server failed while handling this request; the server log has the details"

@@ -17,19 +17,23 @@ from typing import Any
 
 from aiohttp import web
 
+from endpoint.adapters import AdapterRegistry
 from endpoint.app import BusinessPlane, make_app
 from endpoint.context import EndpointContext
 from endpoint.engine_client import EngineClient
+from endpoint.grammars import GrammarChecker
+from endpoint.http_protocol import AppRunner
 from endpoint.management import ManagementPlane
 from endpoint.metadata import Occupancy
 from endpoint.metrics import Metrics
-from endpoint.protocols.base import ModelInfo
+from endpoint.protocols.base import ChatFormat, ModelInfo
 from endpoint.protocols.registry import load_adapters
 from endpoint.service import GenerationService
 from endpoint.tls import make_server_context
 from endpoint.tokenizer import TokenizerPool
+from endpoint.tools.registry import FORMATS, detect
 from engine.errors import EXIT_INIT, StartupError
-from engine.settings import Listener
+from engine.settings import ChatSettings, Listener
 from engine.wire.messages import Drain, InstanceDown, Progress, Ready, StopRequested
 
 log = logging.getLogger("server.endpoint")
@@ -80,6 +84,9 @@ class _Endpoint:
         self._drain: asyncio.Future[float] = loop.create_future()
         self._control = given.control.channel
         self._engine = self._management.engine = EngineClient(given.wires, given.control.context)
+        self._adapters = self._management.adapters = AdapterRegistry(
+            given.model.lora, given.model.name, self._engine
+        )
         loop.add_reader(self._control.fileno(), self._on_control)
         loop.add_signal_handler(signal.SIGTERM, self._stop_within, 0.0)
 
@@ -111,6 +118,7 @@ class _Endpoint:
             service.stop_accepting()
             await service.drained(self._drain.result())
             watcher.cancel()
+            await self._grammars.close()
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
 
     async def _stop_over_http(self, service: GenerationService, force: bool) -> None:
@@ -138,13 +146,15 @@ class _Endpoint:
     async def _make_service(self) -> GenerationService:
         given = self._given
         # a pool of its own: the loop waits for the default one, and a stop must not wait for a slow tokenizer
-        tokenizer = await asyncio.get_running_loop().run_in_executor(
-            ThreadPoolExecutor(1),
+        load_tokenizer = partial(
             TokenizerPool,
             given.model.weight_path,
             given.settings.tokenizer_threads,
             given.model.trust_remote_code,
+            mock=given.model.instance_type == "StandardMock",
+            chat_template=given.model.chat.template,
         )
+        tokenizer = await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), load_tokenizer)
         ready = await self._engine.wait_ready()
         info = ModelInfo(
             name=given.model.name,
@@ -153,16 +163,27 @@ class _Endpoint:
             max_prompt_tokens=ready.max_prompt_tokens,
             max_seq_len=ready.max_seq_len,
             max_n=given.schedule.max_n,
+            max_batch_size=given.schedule.max_batch_size,
             generation_defaults=_generation_defaults(given.model.weight_path),
             created=self._started,
+            chat=_chat_format(given.model.chat, tokenizer),
+            adapters=self._adapters.loaded,
         )
+        self._grammars = GrammarChecker(partial(tokenizer.vocabulary, ready.vocab_size))
         return GenerationService(
-            self._engine, tokenizer, given.settings, given.schedule, given.model, info, self._metrics
+            self._engine,
+            tokenizer,
+            given.settings,
+            given.schedule,
+            given.model,
+            info,
+            self._metrics,
+            self._grammars,
         )
 
     async def _listen(self, listener: Listener, sock: socket.socket) -> None:
         app = make_app(listener.planes, self._business, self._management, self._metrics, self._given.settings)
-        runner = web.AppRunner(
+        runner = AppRunner(
             app,
             access_log=None,
             logger=_http_log,
@@ -209,6 +230,16 @@ def _average_window() -> int:
     if wanted:
         log.warning("DYNAMIC_AVERAGE_WINDOW_SIZE=%r is no positive integer; using %d", wanted, _WINDOW)
     return _WINDOW
+
+
+def _chat_format(chat: ChatSettings, tokenizer: TokenizerPool) -> ChatFormat:
+    name = chat.tool_call_parser or detect(tokenizer.template_source)
+    special = {
+        text: tokenizer.special_by_text[text]
+        for text in FORMATS[name].markers
+        if text in tokenizer.special_by_text
+    }
+    return ChatFormat(tools=name, reasoning=chat.reasoning, special_ids=special)
 
 
 def _generation_defaults(weight_path: Path) -> Mapping[str, Any]:

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from endpoint import metadata
+from endpoint.adapters import AdapterRegistry
+from endpoint.documents import Documents
 from endpoint.engine_client import EngineClient
+from endpoint.lora_api import LoraApi
 from endpoint.metrics import Metrics
 from endpoint.models_api import check_served
 from endpoint.protocols.base import ModelInfo
 from endpoint.protocols.triton import MODEL_PATH
+from endpoint.trial import DEFAULT_WAIT_S, run_trial, wait_time
 from engine.errors import EngineFailed, InvalidRequest, ServiceUnavailable
 from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
 
@@ -45,7 +49,7 @@ class Health:
 
 
 class ManagementPlane:
-    """Routes of api.md section 11. `info` and `engine` are set once every instance is ready."""
+    """Routes of api.md section 11. `info` is set once every instance is ready."""
 
     def __init__(
         self,
@@ -58,24 +62,32 @@ class ManagementPlane:
         self.health = Health()
         self.info: ModelInfo | None = None
         self.engine: EngineClient | None = None
+        self.adapters: AdapterRegistry | None = None
         self.stop: Callable[[bool], Awaitable[None]] | None = None  # True: do not wait for requests
         self._settings = settings
         self._schedule = schedule
         self._model = model
+        self._lora_api = LoraApi(settings, model, self._registry)
+        self._documents = Documents(settings.listeners, model.name)
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/v2/health/live", self._live),
             web.get("/v2/health/ready", self._ready),
             web.get("/health", self._healthy),
+            web.get("/health/timed", self._timed),
+            web.get("/health/timed-{seconds}", self._timed),
             web.get(f"{MODEL_PATH}/ready", self._model_ready),
             web.get(f"{MODEL_PATH}/getSlotCount", self._slot_count),
             web.get("/info", self._tgi_info),
             web.get("/v1/config", self._config),
             web.get("/v1/status", self._status),
             web.get("/v2/status", self._status_v2),
+            web.get("/v1/engine-server/running-status", self._running_status),
             web.get("/metrics-json", self._metrics_json),
             web.get("/stopService", self._stop_service),
+            *self._documents.routes(),
+            *self._lora_api.routes(),
         ]
 
     async def _live(self, request: web.Request) -> web.Response:
@@ -87,6 +99,26 @@ class ManagementPlane:
     async def _healthy(self, request: web.Request) -> web.Response:
         status, _ = self.health.verdict(loading_status=503)
         return web.Response(status=status)
+
+    async def _timed(self, request: web.Request) -> web.Response:
+        seconds = wait_time(request.match_info.get("seconds", str(DEFAULT_WAIT_S)))
+        if self.engine is None or self.info is None or self.health.failed is not None:
+            status, message = self.health.verdict(loading_status=503)
+            return _answer(status, message)
+        # asked while stopping it still tells of the engine, not of the service
+        await run_trial(self.engine, seconds)
+        return web.json_response({"status": "healthy"})
+
+    async def _running_status(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": self._engine_state(), "errors": []})
+
+    def _engine_state(self) -> int:
+        """MindIE's numbers: 1 normal, 2 abnormal, 4 initialising, 5 busy."""
+        if self.health.failed is not None:
+            return 2
+        if self.info is None or self.engine is None:
+            return 4
+        return 5 if any(instance.waiting for instance in self.engine.occupancy()) else 1
 
     async def _model_ready(self, request: web.Request) -> web.Response:
         if self.info is not None:
@@ -140,6 +172,11 @@ class ManagementPlane:
     async def _status_v2(self, request: web.Request) -> web.Response:
         _, instances = self._now()
         return web.json_response(metadata.status_v2(instances, self._schedule.max_batch_size))
+
+    def _registry(self) -> AdapterRegistry:
+        self._now()
+        assert self.adapters is not None
+        return self.adapters
 
     def _now(self) -> tuple[ModelInfo, Sequence[metadata.Occupancy]]:
         status, message = self.health.verdict(loading_status=503)

@@ -10,28 +10,40 @@ from engine.errors import NotFound
 
 
 def check_served(model: ModelInfo, name: str) -> None:
-    """`name`: of a model in a path. Raises NotFound unless it is the served one."""
+    """`name`: of a model in a path. Raises NotFound unless it is the base model."""
     if name != model.name:
-        raise NotFound("no model of this name is loaded; GET /v1/models lists the loaded ones")
+        raise _unknown()
 
 
-def _card(model: ModelInfo) -> dict[str, Any]:
+def _unknown() -> NotFound:
+    return NotFound("no model of this name is loaded; GET /v1/models lists the loaded ones")
+
+
+def _card(model: ModelInfo, name: str, root: str, parent: str | None) -> dict[str, Any]:
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "MindIE Server",
-        "root": model.name,
-        "parent": None,
+        "root": root,
+        "parent": parent,
         "max_model_len": model.max_seq_len,
     }
 
 
+def _cards(model: ModelInfo) -> list[dict[str, Any]]:
+    """The base model first, then its adapters."""
+    base = _card(model, model.name, model.name, None)
+    return [base, *(_card(model, name, root, model.name) for name, root in model.adapters.items())]
+
+
 def model_list(model: ModelInfo) -> bytes:
-    return sse.dumps({"object": "list", "data": [_card(model)]}).encode()
+    return sse.dumps({"object": "list", "data": _cards(model)}).encode()
 
 
 def model_card(model: ModelInfo, name: str) -> bytes:
-    """`name`: from the path. Raises NotFound unless it is the served model."""
-    check_served(model, name)
-    return sse.dumps(_card(model)).encode()
+    """`name`: from the path. Raises NotFound unless it is the base model or a loaded adapter."""
+    for card in _cards(model):
+        if card["id"] == name:
+            return sse.dumps(card).encode()
+    raise _unknown()

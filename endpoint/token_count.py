@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from endpoint import sse
+from endpoint.declarations import Flag, Special, request_body
 from endpoint.detokenizer import IncrementalDetokenizer, TokenDecoder
 from endpoint.protocols.base import Body
+from endpoint.protocols.common_fields import NON_EMPTY
 from endpoint.validation import Fields, check_token_count, checked_prompt_text
 
 
@@ -20,13 +22,27 @@ class CountRequest(NamedTuple):
     do_decode: bool
 
 
-def parse_count(body: Body) -> CountRequest:
-    """Raises InvalidRequest."""
-    fields = Fields(body)
+def _read_text(fields: Fields) -> str:
     text = fields.text("inputs")
     if text is None:
         raise fields.error("inputs", "a non-empty string", "send a text")
-    return CountRequest(checked_prompt_text(fields, "inputs", text), fields.flag("do_decode", True))
+    return checked_prompt_text(fields, "inputs", text)
+
+
+_INPUTS = Special("inputs", "The text to count.", _read_text, NON_EMPTY, required=True)
+_DO_DECODE = Flag("do_decode", "Lists the tokens' texts besides their number.", default=True)
+COUNT_BODY = request_body(
+    "Count the tokens of a text.",
+    _INPUTS,
+    _DO_DECODE,
+    examples={"count": {"inputs": "what is your name?"}},
+)
+
+
+def parse_count(body: Body) -> CountRequest:
+    """Raises InvalidRequest."""
+    fields = Fields(body)
+    return CountRequest(_INPUTS.read(fields), _DO_DECODE.read(fields))
 
 
 def count_tokens(tokenizer: TextTokenizer, asked: CountRequest) -> bytes:

@@ -7,7 +7,6 @@ brings torch into a process that needs neither. It is asked only for models that
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import secrets
@@ -21,31 +20,50 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.processors import TemplateProcessing
 
-from endpoint.chat_template import ChatTemplate, find_template
+from endpoint.byte_tokenizer import PLAIN_TEMPLATE, make_byte_tokenizer
+from endpoint.chat_template import (
+    ChatTemplate,
+    OpenEnd,
+    find_template,
+    find_tool_template,
+    template_variables,
+)
+from endpoint.client_template import ClientTemplates
+from endpoint.grammars import Vocabulary
 from endpoint.protocols.base import ChatPrompt
 from endpoint.validation import is_larger
 from engine.errors import EXIT_INIT, InvalidRequest, StartupError
+from engine.grammar_limits import vocabulary_shape
+from engine.tokenizer_files import complete, load, read_json, special_token_names
 
 _INLINE_CHARACTERS = 2000  # shorter texts are encoded faster than a thread is woken
-_SPECIAL_TOKEN_NAMES = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
-_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 class TokenizerPool:
     """One tokenizer and the threads that encode long texts with it."""
 
-    def __init__(self, model_dir: Path, threads: int, trust_remote_code: bool = False) -> None:
-        """Raises StartupError when the model directory has no usable tokenizer."""
+    def __init__(
+        self,
+        model_dir: Path,
+        threads: int,
+        trust_remote_code: bool = False,
+        *,
+        mock: bool = False,
+        chat_template: Path | None = None,
+    ) -> None:
+        """Raises StartupError when the model directory has no usable tokenizer; a mock then speaks bytes.
+
+        `chat_template`: a file that replaces the model's own template.
+        """
         # the pool's threads are the parallelism: rayon's would be started once more in each of them
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        config = _read_json(model_dir / "tokenizer_config.json")
-        names = _special_token_names(config, _read_json(model_dir / "special_tokens_map.json"))
-        self._tokenizer = _load(model_dir, trust_remote_code)
-        _complete(self._tokenizer, config, names)
+        speaks_bytes = mock and not (model_dir / "tokenizer.json").exists()
+        # it would describe a tokenizer that is not here
+        config = {} if speaks_bytes else read_json(model_dir / "tokenizer_config.json")
+        names = special_token_names(config, read_json(model_dir / "special_tokens_map.json"))
+        self._tokenizer = make_byte_tokenizer() if speaks_bytes else load(model_dir, trust_remote_code)
+        complete(self._tokenizer, config, names)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
         self._eos_token = names.get("eos_token")
         self._model_dir = model_dir
@@ -54,16 +72,24 @@ class TokenizerPool:
         self.special_ids = frozenset(special)
         self._special_text = _SpecialText([token.content for token in special.values()])
         self._special = special
+        self.special_by_text = {token.content: token_id for token_id, token in special.items()}
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        source = find_template(model_dir, config)
+        source, tool_source = find_template(model_dir, config), find_tool_template(model_dir, config)
+        if chat_template is not None:
+            source, tool_source = _read_text(chat_template), None
+        if source is None and speaks_bytes:
+            source = PLAIN_TEMPLATE
+        self.template_source = tool_source or source or ""  # the one that tells how calls are written
         self._template = None if source is None else ChatTemplate(source, names)
+        self._tool_template = self._template if tool_source is None else ChatTemplate(tool_source, names)
+        self._special_names = names
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends an answer: of generation_config.json, config.json and the tokenizer."""
         ids: list[int] = []
         for file in ("generation_config.json", "config.json"):
-            value = _read_json(self._model_dir / file).get("eos_token_id")
+            value = read_json(self._model_dir / file).get("eos_token_id")
             ids += value if isinstance(value, list) else [value] if isinstance(value, int) else []
         token_id = self._tokenizer.token_to_id(self._eos_token) if self._eos_token else None
         return tuple(dict.fromkeys(ids if token_id is None else [*ids, token_id]))
@@ -79,23 +105,48 @@ class TokenizerPool:
 
         Raises InvalidRequest when the template refuses the messages.
         """
+        shield, covered, end = self._covered(prompt)
+        rendered = self.render_chat(covered)
+        return self._encode_rendered(rendered if end is None else end.cut(rendered), shield)
+
+    def _covered(self, prompt: ChatPrompt) -> tuple[_Shield, ChatPrompt, OpenEnd | None]:
+        """The prompt as a template may see it, what covers it, and what finds the place to go on from."""
+        end = None
+        if prompt.continue_final:
+            end = OpenEnd()
+            prompt = end.mark(prompt)
         shield = _Shield(self._special_text)
         covered = replace(
             prompt,
             messages=[{**shield.cover(message), "role": message["role"]} for message in prompt.messages],
             template_kwargs=shield.cover(prompt.template_kwargs),
+            tools=shield.cover(list(prompt.tools)),
         )
+        return shield, covered if shield.used else prompt, end
+
+    def _encode_rendered(self, rendered: str, shield: _Shield) -> list[int]:
         if not shield.used:
-            return _encode(self._tokenizer, self.render_chat(prompt), add_special_tokens=False)
-        return self._guarded.encode(self.render_chat(covered), shield)
+            return _encode(self._tokenizer, rendered, add_special_tokens=False)
+        return self._guarded.encode(rendered, shield)
+
+    async def _encode_by_client_template(self, prompt: ChatPrompt, template: str) -> list[int]:
+        shield, covered, end = self._covered(prompt)
+        variables = template_variables(covered, self._special_names)
+        rendered = await self._client_templates.render(template, variables)
+        if end is not None:
+            rendered = end.cut(rendered)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._encode_rendered, rendered, shield
+        )
 
     def render_chat(self, prompt: ChatPrompt) -> str:
         """The text the template makes of a conversation. Raises InvalidRequest."""
-        if self._template is None:
+        template = self._tool_template if prompt.tools else self._template
+        if template is None:
             raise InvalidRequest(
                 "this model has no chat template, hence takes no `messages`; use /v1/completions"
             )
-        return self._template.render(prompt)
+        return template.render(prompt)
 
     async def encode_async(self, text: str) -> list[int]:
         if len(text) < _INLINE_CHARACTERS:
@@ -103,13 +154,32 @@ class TokenizerPool:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self.encode, text)
 
     async def encode_chat_async(self, prompt: ChatPrompt) -> list[int]:
-        if not is_larger([*prompt.messages, prompt.template_kwargs], _INLINE_CHARACTERS):
+        if prompt.template is not None:
+            return await self._encode_by_client_template(prompt, prompt.template)
+        if not is_larger([*prompt.messages, *prompt.tools, prompt.template_kwargs], _INLINE_CHARACTERS):
             return self.encode_chat(prompt)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self.encode_chat, prompt)
+
+    def vocabulary(self, model_size: int) -> Vocabulary:
+        """What grammars are compiled against; `model_size`: token ids of the model."""
+        size, eos = vocabulary_shape(model_size, self.vocab_size, self.eos_token_ids)
+        return Vocabulary(self._tokenizer.to_str(), size, eos)
+
+    @cached_property
+    def _client_templates(self) -> ClientTemplates:
+        return ClientTemplates(self._model_dir)
 
     @cached_property
     def _guarded(self) -> _GuardedTokenizer:
         return _GuardedTokenizer(self._tokenizer, self._special, self._special_text)
+
+    def encode_bare(self, text: str) -> list[int]:
+        """Text alone, without the special tokens the tokenizer adds by itself."""
+        return _encode(self._tokenizer, text, add_special_tokens=False)
+
+    def ids_of_special(self, texts: Sequence[str]) -> frozenset[int]:
+        """The ids of those texts that are special tokens."""
+        return frozenset(self.special_by_text[text] for text in texts if text in self.special_by_text)
 
     # -- ids -> text ---------------------------------------------------------------------------------
 
@@ -249,96 +319,8 @@ def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> lis
     return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """An object, or nothing when there is no such file. Raises StartupError when it is no object."""
+def _read_text(file: Path) -> str:
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return {}
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise StartupError(f"{file}: cannot be read as JSON: {error}", EXIT_INIT) from None
-    if not isinstance(content, dict):
-        raise StartupError(f"{file}: must hold a JSON object", EXIT_INIT)
-    return content
-
-
-def _content(entry: Any) -> str | None:
-    """A token of tokenizer_config.json: its text, or an object that has it."""
-    if isinstance(entry, Mapping):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
-
-
-def _special_token_names(config: Mapping[str, Any], token_map: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ... -> text, for those the model has."""
-    found = {name: _content(config.get(name, token_map.get(name))) for name in _SPECIAL_TOKEN_NAMES}
-    return {name: content for name, content in found.items() if content}
-
-
-def _load(model_dir: Path, trust_remote_code: bool) -> Tokenizer:
-    file = model_dir / "tokenizer.json"
-    if file.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise StartupError(f"{file}: is no usable tokenizer: {error}", EXIT_INIT) from None
-    else:
-        tokenizer = _convert(model_dir, trust_remote_code)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _convert(model_dir: Path, trust_remote_code: bool) -> Tokenizer:
-    """A tokenizer in one of the older formats, by way of transformers."""
-    try:
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(
-            str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        return Tokenizer.from_str(loaded.backend_tokenizer.to_str())
-    except (ImportError, OSError, ValueError, AttributeError, KeyError) as error:
-        raise StartupError(
-            f"{model_dir}: has no tokenizer.json, and its tokenizer cannot be converted to one ({error}); "
-            "save the model's tokenizer in the fast format beside the weights",
-            EXIT_INIT,
-        ) from None
-
-
-def _complete(tokenizer: Tokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Apply what tokenizer_config.json says beyond tokenizer.json."""
-    declared = config.get("added_tokens_decoder")
-    if isinstance(declared, Mapping):
-        _add_declared(tokenizer, declared)
-    tokenizer.add_special_tokens([text for text in names.values() if tokenizer.token_to_id(text) is not None])
-    if "add_bos_token" in config or "add_eos_token" in config:
-        _set_added_ends(
-            tokenizer,
-            names.get("bos_token") if config.get("add_bos_token") is True else None,
-            names.get("eos_token") if config.get("add_eos_token") is True else None,
-        )
-
-
-def _add_declared(tokenizer: Tokenizer, declared: Mapping[str, Any]) -> None:
-    """Add the tokens of `added_tokens_decoder` (id -> token) that tokenizer.json lacks."""
-    for token_id, entry in sorted(declared.items(), key=lambda item: item[0].zfill(10)):
-        content = _content(entry)
-        if not content or tokenizer.token_to_id(content) is not None:
-            continue
-        tokenizer.add_tokens(
-            [AddedToken(content, **{name: entry.get(name) is True for name in _TOKEN_FLAGS})]
-        )
-        if str(tokenizer.token_to_id(content)) != token_id:
-            raise StartupError(
-                f"tokenizer_config.json gives the token {content!r} the id {token_id}, which does not follow "
-                "the ids of tokenizer.json; take both files from the same release of the model",
-                EXIT_INIT,
-            )
-
-
-def _set_added_ends(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Let plain prompts begin with `bos` and end with `eos`."""
-    ends = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token]
-    first, last = (f"{bos}:0 " if bos else ""), (f" {eos}:0" if eos else "")
-    tokenizer.post_processor = TemplateProcessing(single=f"{first}$A:0{last}", special_tokens=ends)
+        raise StartupError(f"{file}: cannot be read as UTF-8 text: {error}", EXIT_INIT) from None

@@ -18,11 +18,12 @@ from engine.errors import GenerationRefused, InvalidRequest
 MAX_INT32 = 2**31 - 1
 MAX_PROMPT_TOKENS = 1_048_576
 MAX_PROMPT_UNITS = 4_194_304  # UTF-16 code units of one prompt
-_MAX_STOP_UNITS = 32_768  # of one stop string sent alone, and of a whole list
-_MAX_STOP_ITEM_UNITS = 1_024
+MAX_STOP_UNITS = 32_768  # of one stop string sent alone, and of a whole list
+MAX_STOP_ITEM_UNITS = 1_024
 _MAX_STOP_IDS = 1_024
 _SHOWN_CHARACTERS = 60
-_FUNCTION_NAME = re.compile(r"[A-Za-z0-9_\-\u4e00-\u9fff]{1,64}")
+FUNCTION_NAME_PATTERN = r"[A-Za-z0-9_\-\u4e00-\u9fff]{1,64}"
+_FUNCTION_NAME = re.compile(FUNCTION_NAME_PATTERN)
 FUNCTION_NAME_RULE = "1 to 64 letters, digits, `_`, `-` or Chinese characters"
 
 
@@ -92,17 +93,17 @@ def is_larger(value: Any, limit: int) -> bool:
 
 
 class Fields:
-    """The members of one JSON object, read with their types checked."""
+    """The members of one JSON object, read with their types checked. `body` is the object."""
 
-    __slots__ = ("_body", "_prefix")
+    __slots__ = ("_prefix", "body")
 
     def __init__(self, body: Mapping[str, Any], prefix: str = "") -> None:
         """`prefix`: what stands before a member's name in error texts, as in `parameters.`."""
-        self._body = body
+        self.body = body
         self._prefix = prefix
 
     def raw(self, name: str) -> Any:
-        return self._body.get(name)
+        return self.body.get(name)
 
     def path(self, name: str) -> str:
         """The member's name as error texts have it."""
@@ -118,7 +119,7 @@ class Fields:
         return InvalidRequest(f"`{self._prefix}{name}` is {value}: not supported by this build; {advice}")
 
     def boolean(self, name: str) -> bool | None:
-        value = self.raw(name)
+        value = self.body.get(name)
         if value is None or isinstance(value, bool):
             return value
         raise self.error(name, "true or false")
@@ -128,7 +129,7 @@ class Fields:
         return default if value is None else value
 
     def integer(self, name: str, legal: Range) -> int | None:
-        value = self.raw(name)
+        value = self.body.get(name)
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or value not in legal:
@@ -136,7 +137,7 @@ class Fields:
         return value
 
     def number(self, name: str, legal: Range) -> float | None:
-        value = self.raw(name)
+        value = self.body.get(name)
         if value is None:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or value not in legal:
@@ -151,7 +152,7 @@ class Fields:
 
     def text(self, name: str) -> str | None:
         """A non-empty string."""
-        value = self.raw(name)
+        value = self.body.get(name)
         if value is None:
             return None
         if not isinstance(value, str) or not value:
@@ -159,7 +160,7 @@ class Fields:
         return value
 
     def object(self, name: str) -> Fields | None:
-        value = self.raw(name)
+        value = self.body.get(name)
         if value is None:
             return None
         if not isinstance(value, Mapping):
@@ -167,13 +168,10 @@ class Fields:
         return Fields(value, f"{self._prefix}{name}.")
 
     def array(self, name: str) -> list[Any] | None:
-        value = self.raw(name)
+        value = self.body.get(name)
         if value is None or isinstance(value, list):
             return value
         raise self.error(name, "an array")
-
-    def members(self) -> Mapping[str, Any]:
-        return self._body
 
 
 def refuse_unsupported(fields: Fields, asked: Mapping[str, bool]) -> None:
@@ -184,7 +182,7 @@ def refuse_unsupported(fields: Fields, asked: Mapping[str, bool]) -> None:
 
 
 def stop_strings(
-    fields: Fields, max_units: int = _MAX_STOP_UNITS, max_items: int | None = None
+    fields: Fields, max_units: int = MAX_STOP_UNITS, max_items: int | None = None
 ) -> tuple[str, ...]:
     """`stop`: one string of up to `max_units` code units, or a list of up to `max_items` of them."""
     value = fields.raw("stop")
@@ -201,11 +199,11 @@ def stop_strings(
     total = 0
     for item in value:
         units = utf16_units(item) if isinstance(item, str) else 0
-        if not 1 <= units <= _MAX_STOP_ITEM_UNITS:
-            raise fields.error("stop", f"a list of strings of 1 to {_MAX_STOP_ITEM_UNITS} characters each")
+        if not 1 <= units <= MAX_STOP_ITEM_UNITS:
+            raise fields.error("stop", f"a list of strings of 1 to {MAX_STOP_ITEM_UNITS} characters each")
         total += units
-    if total > _MAX_STOP_UNITS:
-        raise fields.error("stop", f"a list of strings of at most {_MAX_STOP_UNITS} characters in all")
+    if total > MAX_STOP_UNITS:
+        raise fields.error("stop", f"a list of strings of at most {MAX_STOP_UNITS} characters in all")
     return tuple(dict.fromkeys(value))
 
 
@@ -286,8 +284,12 @@ def _part_text(part: Any, where: str) -> str:
     return text
 
 
+def is_function_name(value: str) -> bool:
+    return _FUNCTION_NAME.fullmatch(value) is not None
+
+
 def function_name(value: Any, where: str) -> str:
-    if isinstance(value, str) and _FUNCTION_NAME.fullmatch(value):
+    if isinstance(value, str) and is_function_name(value):
         return value
     raise InvalidRequest(f"`{where}` is {show(value)}, but must be {FUNCTION_NAME_RULE}")
 

@@ -9,14 +9,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from engine.errors import EngineBug
+from engine.adapters import AdapterDesk, AdapterStore
+from engine.errors import EngineBug, InvalidRequest
 from engine.executor import Executor
-from engine.outcome import Outcome
+from engine.outcome import FinishCode, Outcome
 from engine.scheduler import Scheduler
 from engine.sequence import SequenceGroup
 from engine.wire import layout
 from engine.wire.channel import Channel
-from engine.wire.messages import Abort, EngineStats, Submit
+from engine.wire.messages import Abort, EngineStats, LoraLoad, LoraUnload, Submit
 from engine.wire.ring import RingReader, RingWriter
 
 log = logging.getLogger("llm.core")
@@ -41,8 +42,8 @@ class EngineLinks:
     """An instance's ends of its channels to the endpoint."""
 
     instance: int
-    commands: Channel  # Submit, Abort
-    events: Channel  # EngineReady, EngineStats
+    commands: Channel  # Submit, Abort, LoraLoad, LoraUnload
+    events: Channel  # EngineReady, EngineStats, LoraDone
     prompts: RingReader
     tokens: RingWriter
 
@@ -58,9 +59,14 @@ class EngineCore:
     scheduler: Scheduler
     executor: Executor
     links: EngineLinks
+    adapters: AdapterStore | None = None  # None: there are no weights that could be adapted
     times: StepTimes = field(default_factory=StepTimes)
+    desk: AdapterDesk = field(init=False)
     _stats_sent: float = 0.0
     _was_busy: bool = False
+
+    def __post_init__(self) -> None:
+        self.desk = AdapterDesk(self.adapters, self.scheduler, self.links.events)
 
     def run(self) -> NoReturn:
         while True:
@@ -71,6 +77,7 @@ class EngineCore:
         clock, times = time.perf_counter, self.times
         start = clock()
         self._receive()
+        self.desk.settle()
         received = clock()
         plan = self.scheduler.schedule(time.monotonic())
         refused = self.scheduler.take_refused()
@@ -102,6 +109,8 @@ class EngineCore:
                 self._admit(message)
             elif isinstance(message, Abort):
                 self.scheduler.abort(message.request_id, None if message.branch < 0 else message.branch)
+            elif isinstance(message, LoraLoad | LoraUnload):
+                self.desk.receive(message)
             else:
                 log.warning("unexpected %s on the command channel", type(message).__name__)
 
@@ -113,6 +122,11 @@ class EngineCore:
         self.links.prompts.release()
         if request_id != submit.request_id or len(ids) != submit.num_prompt_tokens:
             raise EngineBug(f"request {submit.request_id}: the ring holds the prompt of {request_id}")
+        if not self.desk.serves(submit.sampling.lora):  # unloaded while the request was on its way here
+            rows = range(submit.sampling.branches)
+            refused = [Outcome(request_id, row, -1, FinishCode.ERROR, InvalidRequest, 0) for row in rows]
+            self._publish(refused, batch_size=0, step_us=0)
+            return
         self.scheduler.add(
             SequenceGroup(request_id, ids, submit.sampling, priority=submit.priority, now=time.monotonic())
         )
@@ -121,7 +135,7 @@ class EngineCore:
         """Sleep until a message comes or the head of the waiting queue becomes due."""
         self._send_stats(idle=not self.scheduler.has_work)
         timeout = self.scheduler.seconds_until_due(time.monotonic())
-        select.select([self.links.commands.fileno()], [], [], timeout)
+        select.select([self.links.commands.fileno(), *self.desk.filenos()], [], [], timeout)
 
     # -- out ----------------------------------------------------------------------------------------
 

@@ -73,6 +73,27 @@ class ServiceUnavailable(ServerError):
         self.retry_after_s = retry_after_s
 
 
+class WrongState(ServerError):
+    """A legal request that this server, as it is now, does not carry out."""
+
+    code = "wrong_state"
+    number = 10
+
+
+class GrammarFailed(ServerError):
+    """The answer cannot go on in the format that was asked for: too complex to follow, or a dead end."""
+
+    code = "grammar_failed"
+    number = 11
+
+
+class MalformedRequest(ServerError):
+    """The bytes are no HTTP request that this server takes; whatever route they were meant for."""
+
+    code = "malformed_request"
+    number = 12
+
+
 class StartupError(Exception):
     """The service cannot start. One clear line, and the exit code of operations.md section 1."""
 

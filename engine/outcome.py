@@ -31,3 +31,6 @@ class Outcome:
     queue_wait_us: int  # between the previous step of this request (or its arrival) and this one
     logprob: float = 0.0  # of the token, when asked for
     top: Sequence[tuple[int, float]] = ()  # the most likely tokens and their log-probabilities, best first
+    # > 0: about a token of the prompt instead of a new one; its place among all tokens, 1 being the most
+    # likely. `top` are then the others. These rows come before the first token, one per token but the first.
+    rank: int = 0

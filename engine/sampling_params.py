@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_GOLDEN = 0x9E3779B97F4A7C15  # spreads neighbouring branches over all 64-bit seeds
+_MASK = 2**64 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -30,14 +33,19 @@ class SamplingParams:
     min_p: float = 0.0  # 0 = off; else drop tokens less likely than min_p x the best one
     min_tokens: int = 0  # EOS and stop tokens are masked until so many tokens are generated
     grammar: str = ""  # what the answer must follow, in llguidance's form; "" = anything
-    reasoning_end: tuple[
-        int, ...
-    ] = ()  # ids that end the reasoning before the answer; () = there is none
+    reasoning_end: tuple[int, ...] = ()  # ids that end the reasoning before the answer; () = there is none
     thinking_budget: int = 0  # tokens of reasoning after which `reasoning_end` is forced; 0 = no limit
-    prompt_logprobs: int = (
-        -1
-    )  # -1: none; k >= 0: of each prompt token and the k most likely
+    prompt_logprobs: int = -1  # -1: none; k >= 0: of each prompt token and the k most likely
     lora: str = ""  # name of the adapter; "" = the base model
+
+    def num_top(self, num_eos: int) -> int:
+        """How many of the most likely tokens a sample needs; -1: not even the chosen one's log-probability.
+
+        `num_eos`: how many token ids end an answer; a beam needs a reserve of candidates for each.
+        """
+        if self.beam_search:
+            return self.branches * (1 + num_eos + len(self.stop_token_ids))
+        return self.logprobs
 
     @property
     def greedy(self) -> bool:
@@ -52,3 +60,8 @@ class SamplingParams:
     @property
     def needs_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def branch_seed(seed: int, branch: int) -> int:
+    """Each branch draws a stream of its own; branch 0 that of `seed`."""
+    return (seed + branch * _GOLDEN) & _MASK

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from bisect import insort
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from engine.beam import BeamSearch, Candidate, History
 from engine.block_manager import BlockManager
-from engine.errors import EngineFailed, GenerationRefused, ServerError
-from engine.executor import Sampled
+from engine.errors import EngineFailed, GenerationRefused, GrammarFailed, ServerError
+from engine.executor import NO_CONTINUATION, PromptScores, Sampled
 from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan, build_plan
 from engine.sequence import GroupStatus, Sequence, SequenceGroup
@@ -102,7 +103,9 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Outcome]:
         """Apply what was sampled for `plan.samples` and end what is done."""
-        outcomes: list[Outcome] = []
+        outcomes = [
+            row for request_id, scores in sampled.prompts.items() for row in _prompt(request_id, scores)
+        ]
         waits = {
             group.request_id: int((self._step_started - group.enqueued) * 1e6) for group in self._step_groups
         }
@@ -130,7 +133,8 @@ class Scheduler:
         token = int(sampled.tokens[index])
         if token < 0:
             seq.ended = True
-            return Outcome(seq.request_id, seq.branch, -1, FinishCode.ERROR, EngineFailed, wait_us)
+            error = GrammarFailed if token == NO_CONTINUATION else EngineFailed
+            return Outcome(seq.request_id, seq.branch, -1, FinishCode.ERROR, error, wait_us)
         if not seq.block_table:  # a branch that starts from the prompt of branch 0
             self.blocks.share(group.sequences[0], seq)
             seq.num_computed = group.sequences[0].num_computed
@@ -153,10 +157,15 @@ class Scheduler:
         for index in indices:
             seq = plan.samples[index]
             ids, logprobs = sampled.top_ids[index].tolist(), sampled.top_logprobs[index].tolist()
-            ranked = list(zip(ids, logprobs, strict=True))
-            top = ranked[: max(0, group.params.logprobs)]
-            for token, logprob in ranked:
-                score = seq.cumulative_logprob + logprob
+            top = list(zip(ids, logprobs, strict=True))[: max(0, group.params.logprobs)]
+            scores = logprobs
+            if index in sampled.beams:
+                steered = sampled.beams[index]
+                ids, scores, logprobs = (
+                    column.tolist() for column in (steered.ids, steered.scores, steered.logprobs)
+                )
+            for token, gain, logprob in zip(ids, scores, logprobs, strict=True):
+                score = seq.cumulative_logprob + gain
                 candidates.append(Candidate(score, seq, History(token, logprob, top)))
         search.advance(group.sequences, candidates, self.blocks)
         if not search.done:
@@ -412,6 +421,13 @@ class Scheduler:
 
 def _rank(group: SequenceGroup) -> tuple[float, int]:
     return group.rank, group.request_id
+
+
+def _prompt(request_id: int, scores: PromptScores) -> Iterator[Outcome]:
+    columns = (scores.tokens, scores.logprobs, scores.ranks, scores.other_ids, scores.other_logprobs)
+    for token, logprob, rank, ids, logprobs in zip(*(c.tolist() for c in columns), strict=True):
+        others = list(zip(ids, logprobs, strict=True))
+        yield Outcome(request_id, 0, token, FinishCode.NONE, None, 0, logprob, others, rank)
 
 
 def _logprobs(sampled: Sampled, index: int, wanted: int) -> tuple[float, Seq[tuple[int, float]]]:

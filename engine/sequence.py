@@ -9,15 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import EngineBug
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import SamplingParams, branch_seed
 
 if TYPE_CHECKING:
     from engine.beam import BeamSearch
 
 TokenArray = NDArray[np.int32]
-
-_GOLDEN = 0x9E3779B97F4A7C15  # spreads neighbouring branches over all 64-bit seeds
-_MASK = 2**64 - 1
 
 
 class Sequence:
@@ -29,7 +26,7 @@ class Sequence:
 
     __slots__ = (
         "block_table", "branch", "cumulative_logprob", "ended", "num_computed", "num_prompt", "num_tokens",
-        "params", "request_id", "seed", "tokens",
+        "params", "progress", "request_id", "seed", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -39,7 +36,7 @@ class Sequence:
         self.request_id = request_id
         self.params = params
         self.branch = branch
-        self.seed = (params.seed + branch * _GOLDEN) & _MASK  # each branch draws a stream of its own
+        self.seed = branch_seed(params.seed, branch)
         self.num_prompt = len(prompt)
         self.num_tokens = len(prompt)
         # one allocation for the whole life: appending never copies
@@ -49,6 +46,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.cumulative_logprob = 0.0  # of the output; kept for beams only
         self.ended = False
+        self.progress: object = None  # the sampler's: how far it has come in its grammar
 
     @property
     def num_output(self) -> int:

@@ -66,6 +66,39 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraModule:
+    """An adapter that is loaded with the model."""
+
+    name: str
+    path: Path  # absolute
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Adapters loaded at the start, and what may be loaded while the server runs."""
+
+    modules: tuple[LoraModule, ...] = ()
+    max_loras: int = 0  # adapters loaded at once; 0: only `modules`
+    max_rank: int = 0  # largest rank of any adapter; 0: any, but none at run time
+    root: Path = Path("/")  # what relative paths of requests are relative to
+    file_policy: Literal["warn", "refuse", "off"] = "warn"  # for files that others may write or own
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether adapters may come and go while the server runs."""
+        return self.max_loras > 0 and self.max_rank > 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """How the model's chats are read, as far as its own files do not say it."""
+
+    reasoning: bool = False  # tell reasoning apart from the answer
+    tool_call_parser: str = ""  # a name of endpoint.tools.registry; "" = what the template speaks
+    template: Path | None = None  # absolute; None: the model's own
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSettings:
     name: str
     weight_path: Path
@@ -81,6 +114,8 @@ class ModelSettings:
     ignore_eos: bool
     world_size: int
     cpu_mem_gib: int
+    lora: LoraSettings = LoraSettings()
+    chat: ChatSettings = ChatSettings()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.plan import Int32Array, StepPlan
@@ -28,11 +29,13 @@ class Batch:
     context_len: Int32Array  # [R]
     block_table: Int32Array  # [R, B]
     one_token_per_row: bool
+    order: NDArray[np.intp] | None = None  # [R] the plan row of each row; None: they are the plan's
 
 
 def make_batch(plan: StepPlan, device: torch.device) -> Batch:
     rows = plan.num_rows
     one_token_per_row = plan.num_tokens == rows
+    order = None
     if one_token_per_row and (np.diff(plan.context_len) > 0).any():
         order = np.argsort(-plan.context_len, kind="stable")
         last_tokens = np.empty(rows, np.int32)
@@ -54,6 +57,7 @@ def make_batch(plan: StepPlan, device: torch.device) -> Batch:
         context_len=context_len,
         block_table=block_table,
         one_token_per_row=one_token_per_row,
+        order=order,
     )
 
 

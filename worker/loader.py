@@ -47,6 +47,10 @@ class Checkpoint:
             raise StartupError(f"{self.folder}: weights stored as {stored} are not supported", EXIT_INIT)
         return _DTYPES[stored]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is there."""
+        return self._headers[name][0]
+
     def check(self, expected: Mapping[str, tuple[int, ...]], ignorable: frozenset[str] = frozenset()) -> None:
         """Raise StartupError naming every missing, unexpected and wrong-shaped tensor with its file."""
         complaints = []

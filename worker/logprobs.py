@@ -9,17 +9,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.executor import Sampled
-from engine.sampling_params import SamplingParams
+from engine.executor import Continuations, Sampled
 from engine.sequence import Sequence
+from worker.sampler import Floats, steer
 
 
-def with_logprobs(logits: Tensor, samples: Seq[Sequence], tokens: NDArray[np.int32], num_eos: int) -> Sampled:
+def with_logprobs(
+    logits: Tensor, samples: Seq[Sequence], tokens: NDArray[np.int32], eos: Seq[int]
+) -> Sampled:
     """logits: [S, vocab] as the model gave them, so before temperature, penalties and truncation.
 
-    `num_eos`: how many token ids end an answer; a beam needs a reserve of candidates for each.
+    `eos`: the tokens that end an answer; a beam needs a reserve of candidates for each.
     """
-    wanted = [_wanted(seq.params, num_eos) for seq in samples]
+    wanted = [seq.params.num_top(len(eos)) for seq in samples]
     rows = [row for row, count in enumerate(wanted) if count >= 0 and tokens[row] >= 0]
     if not rows:
         return Sampled(tokens)
@@ -36,11 +38,23 @@ def with_logprobs(logits: Tensor, samples: Seq[Sequence], tokens: NDArray[np.int
     top_logprobs = np.zeros((len(samples), most), np.float32)
     top_ids[rows] = ids.to("cpu", torch.int32).numpy()
     top_logprobs[rows] = (values - normaliser[:, None]).cpu().numpy()
-    return Sampled(tokens, logprobs, top_ids, top_logprobs)
+    steered = {
+        row: _continuations((own[i] - normaliser[i]).cpu().numpy(), samples[row], wanted[row], eos)
+        for i, row in enumerate(rows)
+        if samples[row].params.beam_search and samples[row].params.edits_logits
+    }
+    return Sampled(tokens, logprobs, top_ids, top_logprobs, beams=steered)
 
 
-def _wanted(params: SamplingParams, num_eos: int) -> int:
-    """How many of the most likely tokens a sample needs; -1: not even the chosen one's log-probability."""
-    if params.beam_search:
-        return params.branches * (1 + num_eos + len(params.stop_token_ids))
-    return params.logprobs
+def _continuations(logprobs: Floats, sequence: Sequence, count: int, eos: Seq[int]) -> Continuations:
+    """The best `count` of a beam whose scores are steered; logprobs: [vocab].
+
+    As in transformers it is the log-probabilities that are edited, not the logits, and what comes out is
+    not normalised again.
+    """
+    scores = logprobs.copy()
+    steer(scores, sequence, eos)
+    best = np.argpartition(-scores, min(count, len(scores) - 1))[:count]
+    best = best[np.argsort(-scores[best], kind="stable")]
+    best = best[scores[best] > -np.inf]
+    return Continuations(best.astype(np.int32), scores[best], logprobs[best])

@@ -7,29 +7,23 @@ import time
 from dataclasses import replace
 from typing import NoReturn
 
-import zmq
-
 from engine.block_manager import BlockManager
-from engine.core import EngineCore, EngineLinks
-from engine.errors import EXIT_INIT, StartupError
+from engine.core import EngineCore
 from engine.scheduler import Scheduler
-from engine.wire.channel import Channel
 from engine.wire.messages import EngineReady, Progress, Ready
-from engine.wire.ring import RingReader, RingWriter
 from worker.context import WorkerContext
 from worker.executor import LeaderExecutor
+from worker.grammar import GrammarBook, read_vocabulary
+from worker.links import open_links
 from worker.runner import ModelRunner
 from worker.sampler import Sampler
 
 log = logging.getLogger("llm.worker")
 
-_CONNECT_S = 30.0  # the endpoint binds long before a model is loaded
-
 
 def run_worker(given: WorkerContext) -> NoReturn:
     """Serve one model instance; SIGTERM ends the process by default action, nothing needs tidying."""
-    context, control = given.control.context, given.control.channel
-    wire = given.wire
+    control, wire = given.control.channel, given.wire
 
     def progress(phase: str, fraction: float) -> None:
         control.send(Progress(wire.instance, phase, fraction))
@@ -37,6 +31,13 @@ def run_worker(given: WorkerContext) -> NoReturn:
     start = time.monotonic()
     runner = ModelRunner(given.model, given.schedule, given.device, progress, num_workers=given.num_workers)
     runner.load()
+    grammars = GrammarBook(
+        read_vocabulary(
+            given.model.weight_path, given.model.trust_remote_code, runner.vocab_size, runner.eos_token_ids
+        ),
+        runner.vocab_size,
+        runner.eos_token_ids,
+    )
     num_blocks = runner.size_kv_cache()
     runner.allocate(num_blocks)
     runner.warm_up()
@@ -45,17 +46,10 @@ def run_worker(given: WorkerContext) -> NoReturn:
     schedule = replace(given.schedule, max_seq_len=max_seq_len)
     core = EngineCore(
         Scheduler(schedule, BlockManager(num_blocks, schedule.block_size), runner.eos_token_ids),
-        LeaderExecutor(runner, Sampler(runner.vocab_size, runner.eos_token_ids)),
-        EngineLinks(
-            instance=wire.instance,
-            commands=Channel(context, zmq.PULL, wire.command_address, bind=True),
-            events=Channel(context, zmq.PUSH, wire.event_address),
-            prompts=RingReader(wire.prompt_ring),
-            tokens=RingWriter(wire.token_ring),
-        ),
+        LeaderExecutor(runner, Sampler(runner.vocab_size, runner.eos_token_ids, grammars)),
+        open_links(given),
+        adapters=runner.adapters,
     )
-    if not core.links.events.wait_connected(_CONNECT_S):
-        raise StartupError("the endpoint process did not open its event channel", EXIT_INIT)
     core.links.events.send(
         EngineReady(
             instance=wire.instance,

@@ -22,8 +22,10 @@ from worker.config_values import ConfigValues
 from worker.hf_config import eos_token_ids
 from worker.kv_cache import KvCache, KvSpec, activation_bytes, count_blocks
 from worker.loader import Checkpoint
+from worker.lora_table import LoraTable
 from worker.models.registry import model_class
 from worker.platforms.registry import select_platform
+from worker.prompt_logprobs import PromptLogprobs
 
 log = logging.getLogger("llm.runner")
 
@@ -95,6 +97,10 @@ class ModelRunner:
             lambda fraction: self._progress("weights", fraction),
         )
         log.info("%s, %s, weights %d MiB", self._platform.describe(), dtype, self.weight_bytes >> 20)
+        self.adapters = LoraTable(
+            self._model.projections, self._model.step_adapters, dtype, self._platform, self._settings.lora
+        )
+        self.adapters.load_static(self._settings.lora.modules)
 
     def _check_memory(self) -> None:
         """Refuse a cache that cannot fit before minutes are spent on weights.
@@ -146,21 +152,26 @@ class ModelRunner:
         self._progress("warm-up", 1.0)
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan) -> Tensor:
+    def forward(self, plan: StepPlan, prompts: PromptLogprobs | None = None) -> Tensor:
         """Logits of each row's last query token, [R, vocab] in the model's dtype, in the plan's order.
+
+        `prompts`: where the scores of prompt tokens go.
 
         Which kernels a row meets depends on its own length alone. Their order of summation may still follow
         the number of tokens in the step: logits equal those of the row alone to rounding, not to the bit.
         """
         if plan.copies:
             self._cache.copy_blocks(plan.copies)
-        pieces = [self._forward(piece) for piece in split_plan(plan, self._platform.wide_rows)]
+        pieces = [self._forward(piece, prompts) for piece in split_plan(plan, self._platform.wide_rows)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _forward(self, plan: StepPlan) -> Tensor:
+    def _forward(self, plan: StepPlan, prompts: PromptLogprobs | None) -> Tensor:
         batch = make_batch(plan, self._platform.device)
         self._attention.begin_step(batch, self._schedule.block_size)
+        self.adapters.begin_step(plan, batch)
         hidden = self._model.forward(batch, self._attention, self._cache)
+        if prompts is not None:
+            prompts.add(plan, hidden, self._model.logits)
         if batch.last_tokens is not None:
             hidden = hidden.index_select(0, batch.last_tokens)
         return self._model.logits(hidden)

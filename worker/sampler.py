@@ -14,18 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.executor import NO_CONTINUATION, NO_TOKEN
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from worker.grammar import Bits, GrammarBook, NoContinuation
 
 Floats = NDArray[np.float32]
-
-NO_TOKEN = -1  # the row's logits are no numbers
 
 _PROBABLE = 1024  # tokens looked at first for top_p: nearly always enough, a tenth of the cost of all
 
 
 class Sampler:
-    def __init__(self, vocab_size: int, eos_token_ids: Seq[int] = ()) -> None:
+    def __init__(
+        self, vocab_size: int, eos_token_ids: Seq[int] = (), grammars: GrammarBook | None = None
+    ) -> None:
+        """`grammars`: needed for sequences with a grammar or a thinking budget."""
+        self._grammars = grammars
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._scratch: Floats = np.empty((0, vocab_size), np.float32)
@@ -33,7 +37,7 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> NDArray[np.int32]:
         """logits: [R, vocab], not modified; row r belongs to sequences[r] -> the next token of each, [R].
 
-        A row whose logits hold NaN or +Inf gets NO_TOKEN.
+        A row whose logits hold NaN or +Inf gets NO_TOKEN, one whose grammar cannot go on NO_CONTINUATION.
         """
         best, first_best = logits.max(dim=-1)  # 4x faster than argmax, and the first of equals like it
         tokens: NDArray[np.int32] = first_best.to("cpu", torch.int32).numpy()
@@ -42,7 +46,9 @@ class Sampler:
         rows = [
             row
             for row, sequence in enumerate(sequences)
-            if valid[row] and (sequence.params.edits_logits or not sequence.params.greedy)
+            if valid[row]
+            and (sequence.params.edits_logits or not sequence.params.greedy)
+            and not sequence.params.beam_search  # whose tokens are chosen among the candidates of all beams
         ]
         if rows:
             own = [sequences[row] for row in rows]
@@ -67,13 +73,42 @@ class Sampler:
     def _sample_row(self, logits: Floats, sequence: Sequence, u: float) -> int:
         """logits: [vocab], may be changed; u: in [0, 1)."""
         params = sequence.params
-        for token, bias in params.logit_bias:
-            logits[token] += bias
-        if params.needs_penalties:
-            penalize(logits, sequence)
-        if sequence.num_output < params.min_tokens:
-            logits[[*self._eos, *params.stop_token_ids]] = -np.inf
+        legal = None
+        if params.grammar or params.thinking_budget:
+            assert self._grammars is not None
+            try:
+                allowed = self._grammars.legal(sequence)
+            except NoContinuation:
+                return NO_CONTINUATION
+            if isinstance(allowed, int):
+                return allowed
+            legal = allowed
+        steer(logits, sequence, self._eos)
+        if legal is not None:
+            restrict(logits, legal)
         return int(logits.argmax()) if params.greedy else draw(logits, params, u)
+
+
+def steer(logits: Floats, sequence: Sequence, eos: Seq[int]) -> None:
+    """Apply bias, penalties and min_tokens to one row, in place. `eos`: the tokens that end an answer."""
+    params = sequence.params
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    if params.needs_penalties:
+        penalize(logits, sequence)
+    if sequence.num_output < params.min_tokens:
+        logits[[*eos, *params.stop_token_ids]] = -np.inf
+
+
+def restrict(logits: Floats, legal: Bits) -> None:
+    """Leave only the legal tokens of one row, in place. `legal`: [vocab], at least one.
+
+    Where everything legal has been ruled out before, by min_tokens or by the model itself, all of it is
+    alike: the format of the answer has the last word.
+    """
+    np.copyto(logits, -np.inf, where=~legal)
+    if logits.max() == -np.inf:
+        logits[legal] = 0.0
 
 
 def uniform(seed: NDArray[np.uint64], position: NDArray[np.uint64]) -> NDArray[np.float64]:

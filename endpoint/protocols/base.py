@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+from endpoint.declarations import RequestBody
+from endpoint.reasoning import Opening
 from engine.errors import ServerError
 from engine.sampling_params import SamplingParams
 
 Body = Mapping[str, Any]
+
+NO_TOKEN = -1
 
 
 class FinishReason(Enum):
@@ -23,6 +27,15 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How the served model writes what is not plain text."""
+
+    tools: str = "hermes"  # a name of endpoint.tools.registry
+    reasoning: bool = False  # whether reasoning is told apart from the answer
+    special_ids: Mapping[str, int] = field(default_factory=dict)  # of markers that are special tokens
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What an adapter may know of the served model when it checks a body."""
 
@@ -32,10 +45,14 @@ class ModelInfo:
     max_prompt_tokens: int  # longer prompts are refused or truncated
     max_seq_len: int
     max_n: int
+    max_batch_size: int  # prompts one request may hold
     generation_defaults: Mapping[
         str, Any
     ]  # generation_config.json: temperature, top_k, top_p, do_sample, ...
     created: int  # unix seconds of server start
+    chat: ChatFormat = ChatFormat()
+    # loaded LoRA adapters: name -> name of their directory; they come and go while the server runs
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +62,16 @@ class ChatPrompt:
     messages: Sequence[Mapping[str, Any]]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
+    continue_final: bool = False  # the answer goes on where the last message ends
+    template: str | None = None  # in place of the model's own: text, or a file name in the model's directory
+    tools: Sequence[Mapping[str, Any]] = ()  # shown to the model, whose calls of them are then looked for
+
+
+@dataclass(frozen=True, slots=True)
+class PromptList:
+    """Several prompts in one request, each answered by itself."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +82,30 @@ class GenerationRequest:
     maxIterTimes; the service clamps it once the number of prompt tokens is known.
     """
 
-    prompt: str | tuple[int, ...] | ChatPrompt
+    prompt: str | tuple[int, ...] | ChatPrompt | PromptList
     sampling: SamplingParams
     stream: bool
-    n: int = 1  # choices returned; sampling.branches of them are generated
+    n: int = 1  # choices returned per prompt; sampling.branches of them are generated
     stop: tuple[str, ...] = ()
     include_stop: bool = False  # keep the matched stop string (or token text) in the output
     skip_special_tokens: bool = True
+    markers: tuple[str, ...] = ()  # special tokens that are not skipped, for the reply to find
+    reasoning: bool = False  # the answer may begin with reasoning, which the reply tells apart
     priority: int = 5  # 1 (first) .. 5 (last)
     timeout_s: int | None = None  # the client's own limit between two tokens
     client_id: str | None = None  # the client's name for it, by which it can be stopped
     keep_last: int | None = None  # use only so many tokens at the prompt's end (TGI's `truncate`)
+    echo: bool = False  # the prompt's text comes before the answer's
+    grammar_field: str = ""  # what asks for sampling.grammar, as the client wrote it
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...] | ChatPrompt, ...]:
+        return self.prompt.prompts if isinstance(self.prompt, PromptList) else (self.prompt,)
+
+    @property
+    def num_choices(self) -> int:
+        """Choices returned: those of the first prompt, then those of the second, ..."""
+        return self.n * len(self.prompt.prompts) if isinstance(self.prompt, PromptList) else self.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +118,27 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A token of a prompt, and how likely the model thought it where it stands."""
+
+    token: TokenLogprob  # its logprob means nothing for the first one of a prompt
+    rank: int  # 1: it was the most likely one; 0: the first token, which nothing foretells
+    others: tuple[TokenLogprob, ...]  # the most likely ones without it, best first
+
+
+@dataclass(frozen=True, slots=True)
 class TokenStep:
     """What one engine step added to one choice of a request, as text.
 
     `text` is safe to send: no half characters, no part of a stop string that may still complete.
-    It can be empty, then the frame still keeps the token cadence.
+    It can be empty, then the frame still keeps the token cadence. The last step of a request that was
+    cancelled has no token.
     """
 
-    token_id: int
+    token_id: int  # NO_TOKEN: there is none
     text: str
     full_text: str  # all text so far, for fullTextEnabled and final frames
-    index: int  # 0 for the first generated token
+    index: int  # tokens generated before
     latency_ms: float  # since arrival for the first token (prefill), since the last token otherwise
     batch_size: int
     queue_wait_us: int
@@ -97,6 +147,17 @@ class TokenStep:
     choice: int = 0  # index of the choice this step belongs to
     logprob: TokenLogprob | None = None  # of the chosen token, when sampling.logprobs >= 0
     top_logprobs: tuple[TokenLogprob, ...] = ()  # the sampling.logprobs most likely ones, best first
+    prompt: Sequence[PromptToken] = ()  # with a choice's first step, when sampling.prompt_logprobs >= 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated so far, this step included."""
+        return self.index if self.token_id == NO_TOKEN else self.index + 1
+
+    @property
+    def shown_id(self) -> str:
+        """What stands between the brackets of a list of the step's ids."""
+        return "" if self.token_id == NO_TOKEN else str(self.token_id)
 
 
 @dataclass(slots=True)
@@ -112,6 +173,8 @@ class Completion:
     queue_waits_us: list[int]
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token, when asked for
     top_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
+    prompt: Sequence[PromptToken] = ()  # when sampling.prompt_logprobs >= 0
+    pieces: Sequence[str] = ()  # of `text`, one per step
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +183,13 @@ class ReplyContext:
 
     request_number: int  # counter over the life of the server: `endpoint_common_<n>`
     model: ModelInfo
-    prompt_tokens: int
-    prompt_text: str  # for return_full_text and echo; empty for token-id prompts
+    prompt_tokens: int  # of all prompts together
+    prompt_text: str  # for return_full_text; of the first prompt, empty for token-id prompts
     full_text_frames: bool  # config fullTextEnabled
-    prompt_ids: Sequence[int] = ()  # what the model is fed: prompt_tokens ids, for TGI's `prefill`
+    prompt_ids: Sequence[int] = ()  # what the model is fed of the first prompt, for TGI's `prefill`
+    echoes: Sequence[str] = ()  # the text of each prompt, when request.echo
+    prompt_lengths: Sequence[int] = ()  # tokens of each prompt
+    opening: Opening = Opening.NOBODY  # who begins the reasoning, when request.reasoning
 
 
 class Reply(Protocol):
@@ -144,8 +210,8 @@ class Reply(Protocol):
     def result(self, completions: Sequence[Completion]) -> bytes:
         """The JSON body of a non-stream answer.
 
-        `completions`: the `request.n` choices in the order in which they are returned, then the candidates
-        that were not chosen, which only usage counts.
+        `completions`: the `request.num_choices` choices in the order in which they are returned, then the
+        candidates that were not chosen, which only usage counts.
         """
 
 
@@ -153,7 +219,9 @@ class ProtocolAdapter(Protocol):
     """One dialect on its routes. Stateless: everything about a request lives in its Reply."""
 
     name: str
+    family: str  # whose interface it is, for the documents
     routes: tuple[str, ...]  # POST paths on the business plane, aiohttp syntax
+    body: RequestBody  # declares what `parse` reads
 
     def claims(self, body: Body) -> bool:
         """Whether this dialect understands the body, where two share a path."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from endpoint.declarations import Json, Special
 from endpoint.json_body import MIN_DEPTH_LIMIT, parse_body
+from endpoint.protocols.common_fields import NON_EMPTY, TEXT_PARTS
 from endpoint.validation import (
+    FUNCTION_NAME_PATTERN,
     MAX_PROMPT_UNITS,
     Fields,
     function_name,
@@ -101,3 +104,52 @@ _ROLES: dict[str, Callable[[Message, str], None]] = {
     "assistant": _assistant,
     "tool": _tool,
 }
+
+_FUNCTION_CALL: Json = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": f"^{FUNCTION_NAME_PATTERN}$"},
+                "arguments": {"type": "string", "description": "JSON text."},
+            },
+            "required": ["name", "arguments"],
+        },
+    },
+    "required": ["id", "type", "function"],
+}
+_TEXT: Json = {"anyOf": [{"type": "string"}, TEXT_PARTS]}
+
+
+def _message_schema(roles: list[str], required: Json, optional: Json | None = None) -> Json:
+    properties = {"role": {"enum": roles}, **required, **(optional or {})}
+    return {"type": "object", "properties": properties, "required": ["role", *required]}
+
+
+_MESSAGE: Json = {
+    "anyOf": [
+        _message_schema(["system", "developer", "user"], {"content": _TEXT}),
+        _message_schema(["tool"], {"content": _TEXT, "tool_call_id": NON_EMPTY}),
+        _message_schema(
+            ["assistant"],
+            {},
+            {
+                "content": {
+                    "anyOf": [*_TEXT["anyOf"], {"type": "null"}],
+                    "description": "May be left out beside calls.",
+                },
+                "tool_calls": {"type": ["array", "null"], "items": _FUNCTION_CALL},
+            },
+        ),
+    ]
+}
+MESSAGES = Special(
+    "messages",
+    "The conversation so far; other members of a message are handed to the chat template.",
+    chat_messages,
+    {"type": "array", "items": _MESSAGE, "minItems": 1},
+    required=True,
+)

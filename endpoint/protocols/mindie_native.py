@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from endpoint import sse
+from endpoint.declarations import Flag, request_body
 from endpoint.http_errors import error_text
 from endpoint.protocols.base import (
     Body,
@@ -17,24 +18,44 @@ from endpoint.protocols.base import (
     ReplyContext,
     TokenStep,
 )
+from endpoint.protocols.common_fields import DETAILS, text_prompt, token_prompt
 from endpoint.protocols.parameters import (
+    ADAPTER_ID,
     FINISH,
+    SAMPLING,
+    SCHEDULE,
+    TOP_K,
+    TOP_P,
     OneChoiceReply,
-    check_adapter,
-    parameters_of,
+    parameters,
     read_sampling,
     read_schedule,
-    text_prompt,
 )
-from endpoint.validation import MAX_PROMPT_TOKENS, Fields, Range, token_ids
+from endpoint.validation import MAX_PROMPT_TOKENS, Fields, Range
 from engine.errors import InvalidRequest, ServerError
 
-_INPUT_ID = Range(0, MAX_PROMPT_TOKENS)
+_INPUTS = text_prompt("inputs", required=False)
+_INPUT_ID = token_prompt("input_id", Range(0, MAX_PROMPT_TOKENS), required=False)
+_STREAM = Flag("stream", "Sends every token at once, as server-sent events.")
+_PARAMETERS = parameters(*SAMPLING, TOP_K, TOP_P, *SCHEDULE, DETAILS, ADAPTER_ID)
 
 
 class MindIENative:
     name = "mindie_native"
+    family = "MindIE"
     routes = ("/infer", "/infer_token")
+    body = request_body(
+        "Generate from a text (`inputs`) or from token ids (`input_id`): one of the two.",
+        _INPUTS,
+        _INPUT_ID,
+        _STREAM,
+        _PARAMETERS,
+        examples={
+            "text": {"inputs": "My name is Olivier and I", "parameters": {"details": True}},
+            "token ids": {"input_id": [5, 6, 7, 8], "parameters": {"max_new_tokens": 8, "details": True}},
+            "stream": {"inputs": "My name is Olivier and I", "stream": True},
+        },
+    )
 
     def claims(self, body: Body) -> bool:
         return True
@@ -42,14 +63,14 @@ class MindIENative:
     def parse(self, body: Body, model: ModelInfo, path: Mapping[str, str]) -> GenerationRequest:
         fields = Fields(body)
         prompt = _prompt(fields, model.vocab_size)
-        parameters = parameters_of(fields)
-        parameters.boolean("details")
-        check_adapter(parameters, model)
+        asked = _PARAMETERS.read(fields)
+        DETAILS.read(asked)
+        lora = ADAPTER_ID.read(asked, model)
         return GenerationRequest(
             prompt=prompt,
-            sampling=read_sampling(parameters, model),
-            stream=fields.flag("stream"),
-            **read_schedule(parameters),
+            sampling=read_sampling(asked, model, lora=lora),
+            stream=_STREAM.read(fields),
+            **read_schedule(asked),
         )
 
     def reply(self, request: GenerationRequest, body: Body, context: ReplyContext) -> Reply:
@@ -71,13 +92,13 @@ class NativeReply(OneChoiceReply):
             times = f'{{"prefill_time":null,"decode_time":{latency},'
         if step.finish is not None:
             # the last piece of text is in generated_text only
-            details = sse.dumps(self._detail_object(step.finish, step.index + 1))
+            details = sse.dumps(self._detail_object(step.finish, step.num_tokens))
             return sse.frame(
                 f'{times}"generated_text":{sse.json_text(step.full_text)},"details":{details},'
-                f'"token":{{"id":[{step.token_id}],"text":null}}}}'
+                f'"token":{{"id":[{step.shown_id}],"text":null}}}}'
             )
         text = sse.json_text(step.full_text if self._full_text_frames else step.text)
-        return sse.frame(f'{times}"token":{{"id":[{step.token_id}],"text":{text}}}}}')
+        return sse.frame(f'{times}"token":{{"id":[{step.shown_id}],"text":{text}}}}}')
 
     def error_frames(self, error: ServerError) -> Sequence[bytes]:
         return (sse.frame(error_text(error)),)
@@ -101,7 +122,7 @@ def _prompt(fields: Fields, vocab_size: int) -> str | tuple[int, ...]:
     if text is not None and ids is not None:
         raise InvalidRequest("`inputs` and `input_id` are both there; send one of them")
     if ids is not None:
-        return token_ids(fields, "input_id", vocab_size, _INPUT_ID)
+        return _INPUT_ID.read(fields, vocab_size)
     if text is None:
         raise fields.error("inputs", "a non-empty string or an array of text parts", "send it, or `input_id`")
-    return text_prompt(fields, "inputs")
+    return _INPUTS.read(fields)

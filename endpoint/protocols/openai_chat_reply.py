@@ -14,7 +14,7 @@ from endpoint.protocols.base import (
     TokenLogprob,
     TokenStep,
 )
-from endpoint.protocols.openai_reply import FINISH, OpenAIReply
+from endpoint.protocols.openai_reply import FINISH, OpenAIReply, prompt_logprobs
 
 
 class ChatReply(OpenAIReply):
@@ -50,31 +50,49 @@ class ChatReply(OpenAIReply):
         return [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": completion.text, "tool_calls": []},
+                "message": self._message(index, completion),
                 "logprobs": self._all_logprobs(completion),
-                "finish_reason": FINISH[completion.finish],
+                "finish_reason": self._finish_reason(index, completion),
             }
             for index, completion in enumerate(completions)
         ]
 
+    # Of whole choices: their message, their only delta, and how they ended.
+
+    def _message(self, index: int, completion: Completion) -> dict[str, Any]:
+        return {"role": "assistant", "content": completion.text, "tool_calls": []}
+
+    def _whole_delta(self, index: int, completion: Completion) -> dict[str, Any]:
+        return {"role": "assistant", "content": completion.text}
+
+    def _finish_reason(self, index: int, completion: Completion) -> str:
+        return FINISH[completion.finish]
+
     def _timings(self, completion: Completion) -> dict[str, Any]:
         rounded = [round(ms, 2) for ms in completion.latencies_ms]
-        return {"prefill_time": rounded[0] if rounded else None, "decode_time_arr": rounded[1:]}
+        members: dict[str, Any] = {
+            "prefill_time": rounded[0] if rounded else None,
+            "decode_time_arr": rounded[1:],
+        }
+        if self._prompt_logprobs is not None:
+            members["prompt_logprobs"] = prompt_logprobs(completion.prompt, self._prompt_logprobs)
+        return members
 
     def beam_frames(self, completions: Sequence[Completion]) -> Sequence[bytes]:
         self._note_whole(completions)
         return [self._beam_frame(index, completion) for index, completion in enumerate(completions)]
 
     def _beam_frame(self, index: int, completion: Completion) -> bytes:
+        delta = self._whole_delta(index, completion)
         choice = {
             "index": index,
-            "delta": {"role": "assistant", "content": completion.text},
+            "delta": delta,
             "logprobs": self._all_logprobs(completion),
-            "finish_reason": FINISH[completion.finish],
+            "finish_reason": self._finish_reason(index, completion),
         }
         members = {**self._usage_member([self._counts[index]]), "choices": [choice]}
         if self._context.full_text_frames:
-            members["full_text"] = completion.text
+            members["full_text"] = delta["content"]
         return self._chunk(members)
 
     def _step_logprobs_json(self, step: TokenStep) -> str:

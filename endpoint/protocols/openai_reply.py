@@ -6,16 +6,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import Any, ClassVar
 
 from endpoint import sse
 from endpoint.http_errors import error_text
 from endpoint.protocols.base import (
+    NO_TOKEN,
     Body,
     Completion,
     FinishReason,
     GenerationRequest,
+    PromptToken,
     ReplyContext,
     TokenStep,
 )
@@ -41,12 +43,31 @@ def usage(prompt_tokens: int, batch_sizes: list[int], queue_waits_us: list[int])
     }
 
 
+def prompt_logprobs(prompt: Sequence[PromptToken], num_others: int) -> list[dict[str, Any] | None]:
+    """One member per token, null for the first; in each the prompt's own token comes first."""
+    members: list[dict[str, Any] | None] = []
+    for entry in prompt:
+        # the ranks of the others are what the own token's leaves
+        places = filter(entry.rank.__ne__, count(1))
+        ranked = [(entry.token, entry.rank), *zip(entry.others[:num_others], places, strict=False)]
+        members.append(
+            {
+                str(token.token_id): {"logprob": token.logprob, "rank": rank, "decoded_token": token.text}
+                for token, rank in ranked
+            }
+            if entry.rank
+            else None
+        )
+    return members
+
+
 @dataclass(slots=True)
-class _Counts:
+class Counts:
     """Of the tokens of one choice."""
 
     batch_sizes: list[int] = field(default_factory=list)
     queue_waits_us: list[int] = field(default_factory=list)
+    reasoning_tokens: int = 0  # looked at only where reasoning is told apart
 
 
 class OpenAIReply(ABC):
@@ -57,10 +78,13 @@ class OpenAIReply(ABC):
 
     def __init__(self, request: GenerationRequest, body: Body, context: ReplyContext) -> None:
         options = body.get("stream_options") or {}
+        self._prompt_logprobs: int | None = body.get("prompt_logprobs")
         self._include_usage: bool = options.get("include_usage") is True
         self._context = context
         self._n = request.n
-        self._counts = [_Counts() for _ in range(request.n)]
+        self._num_choices = request.num_choices
+        self._counts = [Counts() for _ in range(request.num_choices)]
+        self._model = request.sampling.lora or context.model.name  # as the client named it
         self._chunk_head = self._head(self.chunk_object)
 
     @abstractmethod
@@ -85,12 +109,13 @@ class OpenAIReply(ABC):
 
     def frame(self, step: TokenStep) -> bytes:
         counts = self._counts[step.choice]
-        counts.batch_sizes.append(step.batch_size)
-        counts.queue_waits_us.append(step.queue_wait_us)
+        if step.token_id != NO_TOKEN:
+            counts.batch_sizes.append(step.batch_size)
+            counts.queue_waits_us.append(step.queue_wait_us)
         text = step.full_text if self._context.full_text_frames else step.text
         if step.finish is None:
             return sse.frame(f'{self._chunk_head},"choices":[{self._unfinished_choice(step, text)}]}}')
-        members = self._usage_member([counts])
+        members = self._usage_member([counts], self._prompt_tokens(step.choice))
         return self._chunk(
             {**members, "choices": [self._last_choice(step, text)], **self._last_members(step)}
         )
@@ -104,9 +129,9 @@ class OpenAIReply(ABC):
         return sse.frame(error_text(error)), sse.DONE
 
     def result(self, completions: Sequence[Completion]) -> bytes:
-        counts = [_Counts(c.batch_sizes, c.queue_waits_us) for c in completions]
+        counts = [self._count(completion) for completion in completions]
         members = {
-            "choices": self._whole_choices(completions[: self._n]),
+            "choices": self._whole_choices(completions[: self._num_choices]),
             "usage": self._usage(counts),
             **self._timings(completions[0]),
         }
@@ -114,15 +139,25 @@ class OpenAIReply(ABC):
 
     def _note_whole(self, completions: Sequence[Completion]) -> None:
         """Count what is streamed in whole choices, without steps."""
-        self._counts = [_Counts(c.batch_sizes, c.queue_waits_us) for c in completions]
+        self._counts = [self._count(completion) for completion in completions]
 
-    def _usage_member(self, counts: Sequence[_Counts]) -> dict[str, Any]:
+    def _count(self, completion: Completion) -> Counts:
+        """Is called once for each whole choice, in their order."""
+        return Counts(completion.batch_sizes, completion.queue_waits_us)
+
+    def _prompt_tokens(self, choice: int) -> int:
+        """Of the prompt that this choice answers."""
+        lengths = self._context.prompt_lengths
+        return lengths[choice // self._n] if len(lengths) > 1 else self._context.prompt_tokens
+
+    def _usage_member(self, counts: Sequence[Counts], prompt_tokens: int | None = None) -> dict[str, Any]:
+        """`prompt_tokens`: None for those of all prompts."""
         # with include_usage the totals follow in their own frame: clients add up every usage they see
-        return {} if self._include_usage else {"usage": self._usage(counts)}
+        return {} if self._include_usage else {"usage": self._usage(counts, prompt_tokens)}
 
-    def _usage(self, counts: Sequence[_Counts]) -> dict[str, Any]:
+    def _usage(self, counts: Sequence[Counts], prompt_tokens: int | None = None) -> dict[str, Any]:
         return usage(
-            self._context.prompt_tokens,
+            self._context.prompt_tokens if prompt_tokens is None else prompt_tokens,
             list(chain.from_iterable(c.batch_sizes for c in counts)),
             list(chain.from_iterable(c.queue_waits_us for c in counts)),
         )
@@ -131,11 +166,10 @@ class OpenAIReply(ABC):
         return sse.frame(f"{self._chunk_head},{sse.dumps(members)[1:]}")
 
     def _head(self, kind: str) -> str:
-        model = self._context.model
         # the wall clock may be set back while the server runs
-        created = max(int(time.time()), model.created)
+        created = max(int(time.time()), self._context.model.created)
         number = self._context.request_number
         return (
             f'{{"id":"endpoint_common_{number}","object":"{kind}","created":{created},'
-            f'"model":{sse.json_text(model.name)}'
+            f'"model":{sse.json_text(self._model)}'
         )

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from endpoint.declarations import Declaration, Integer, Number, Object, Special
+from endpoint.protocols.adapter_choice import ADAPTER_PATTERN, adapter_of_id
 from endpoint.protocols.base import Completion, FinishReason, ModelInfo
+from endpoint.protocols.common_fields import DO_SAMPLE, SEED, TYPICAL_P, WATERMARK
 from endpoint.protocols.sampling import resolve_sampling
-from endpoint.validation import (
-    COUNT,
-    POSITIVE,
-    SEED,
-    UNIT_ABOVE_ZERO,
-    UNIT_OPEN,
-    Fields,
-    Range,
-    checked_prompt_text,
-    joined_text,
-    show,
-)
+from endpoint.validation import COUNT, POSITIVE, UNIT_OPEN, Fields, Range
 from engine.errors import EngineBug
 from engine.sampling_params import SamplingParams
 
@@ -30,66 +21,81 @@ FINISH: dict[FinishReason, str] = {
     FinishReason.CANCELLED: "stop_sequence",
 }
 
-_DEFAULT_NEW_TOKENS = 20
-_LAST_PRIORITY = 5
-_PRIORITY = Range(1, _LAST_PRIORITY)
-_TIMEOUT_S = Range(1, 65535)
-_ADAPTER_ID = re.compile(r"[A-Za-z0-9_./-]{1,256}")
+_NEW_TOKENS = Integer(
+    "max_new_tokens",
+    "Most tokens to generate; lowered to what the configuration and the context length allow.",
+    COUNT,
+    default=20,
+)
+_TEMPERATURE = Number("temperature", "Divides the logits.", POSITIVE, default="the model's own, else 1.0")
+_REPETITION = Number(
+    "repetition_penalty",
+    "Makes tokens of the prompt and the answer less likely; 1.0 changes nothing.",
+    POSITIVE,
+    default="the model's own, else 1.0",
+)
+TOP_K = Integer(
+    "top_k", "Draws from so many of the most likely tokens.", COUNT, default="the model's own, else off"
+)
+TOP_P = Number(
+    "top_p",
+    "Draws from the most likely tokens that together have this probability.",
+    UNIT_OPEN,
+    default="the model's own, else off",
+)
+PRIORITY = Integer("priority", "1 is served first.", Range(1, 5), default=5)
+TIMEOUT = Integer(
+    "timeout",
+    "Longest wait between two tokens in seconds.",
+    Range(1, 65535),
+    default="tokenTimeout of the configuration",
+)
+ADAPTER_ID = Special(
+    "adapter_id",
+    "LoRA adapter to use; the model's own name or None means the model itself.",
+    adapter_of_id,
+    {"type": "string", "pattern": f"^{ADAPTER_PATTERN.pattern}$"},
+    default="None",
+)
+
+SAMPLING = (_NEW_TOKENS, DO_SAMPLE, _TEMPERATURE, SEED, _REPETITION, TYPICAL_P, WATERMARK)
+SCHEDULE = (PRIORITY, TIMEOUT)
 
 
-def parameters_of(fields: Fields) -> Fields:
-    return fields.object("parameters") or Fields({}, "parameters.")
-
-
-def text_prompt(fields: Fields, name: str) -> str:
-    """A string or text parts, not empty."""
-    value = fields.raw(name)
-    if value is None:
-        raise fields.error(name, "a non-empty string or an array of text parts", "send a prompt")
-    return checked_prompt_text(fields, name, joined_text(value, name))
+def parameters(*members: Declaration) -> Object:
+    return Object("parameters", "How to generate.", members)
 
 
 def read_sampling(
-    parameters: Fields,
+    fields: Fields,
     model: ModelInfo,
     *,
-    top_k: Range = COUNT,
-    top_p: Range = UNIT_OPEN,
+    top_k: Integer = TOP_K,
+    top_p: Number = TOP_P,
     frequency_penalty: float | None = None,
+    lora: str = "",
 ) -> SamplingParams:
-    """The sampling fields, whose ranges differ between the dialects only where the arguments say so."""
-    new_tokens = parameters.integer("max_new_tokens", COUNT)
-    parameters.number("typical_p", UNIT_ABOVE_ZERO)
-    parameters.boolean("watermark")
+    """SAMPLING, `top_k` and `top_p`, whose ranges differ between the dialects."""
+    new_tokens = _NEW_TOKENS.filled(fields)
+    TYPICAL_P.read(fields)
+    WATERMARK.read(fields)
     return resolve_sampling(
         model,
-        max_tokens=_DEFAULT_NEW_TOKENS if new_tokens is None else new_tokens,
-        do_sample=parameters.boolean("do_sample"),
-        temperature=parameters.number("temperature", POSITIVE),
-        top_k=parameters.integer("top_k", top_k),
-        top_p=parameters.number("top_p", top_p),
-        seed=parameters.integer("seed", SEED),
-        repetition_penalty=parameters.number("repetition_penalty", POSITIVE),
+        max_tokens=new_tokens,
+        do_sample=DO_SAMPLE.read(fields),
+        temperature=_TEMPERATURE.read(fields),
+        top_k=top_k.read(fields),
+        top_p=top_p.read(fields),
+        seed=SEED.read(fields),
+        repetition_penalty=_REPETITION.read(fields),
         frequency_penalty=frequency_penalty,
+        lora=lora,
     )
 
 
-def read_schedule(parameters: Fields) -> dict[str, Any]:
+def read_schedule(fields: Fields) -> dict[str, Any]:
     """Members of a GenerationRequest."""
-    priority = parameters.integer("priority", _PRIORITY)
-    return {
-        "priority": _LAST_PRIORITY if priority is None else priority,
-        "timeout_s": parameters.integer("timeout", _TIMEOUT_S),
-    }
-
-
-def check_adapter(parameters: Fields, model: ModelInfo) -> None:
-    value = parameters.raw("adapter_id")
-    if value in (None, "None", model.name):
-        return
-    if not isinstance(value, str) or not _ADAPTER_ID.fullmatch(value):
-        raise parameters.error("adapter_id", "1 to 256 letters, digits or any of _ . / -")
-    raise parameters.error("adapter_id", f'"None" or {show(model.name)}, as no adapter is loaded')
+    return {"priority": PRIORITY.filled(fields), "timeout_s": TIMEOUT.read(fields)}
 
 
 class OneChoiceReply:

@@ -36,6 +36,7 @@ def resolve_sampling(
     stop_token_ids: tuple[int, ...] = (),
     ignore_eos: bool = False,
     branches: int = 1,
+    lora: str = "",
 ) -> SamplingParams:
     """Fill in what a checked request left open; None = not sent. top_k -1 and 0 both mean off.
 
@@ -71,4 +72,5 @@ def resolve_sampling(
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
         branches=branches,
+        lora=lora,
     )

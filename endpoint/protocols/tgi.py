@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from endpoint import sse
+from endpoint.declarations import Flag, Integer, Number, RequestBody, ignored, request_body
 from endpoint.http_errors import error_text
 from endpoint.protocols.base import (
     Body,
@@ -16,26 +17,56 @@ from endpoint.protocols.base import (
     ReplyContext,
     TokenStep,
 )
+from endpoint.protocols.common_fields import DETAILS, stop, text_prompt
 from endpoint.protocols.parameters import (
+    ADAPTER_ID,
     FINISH,
+    SAMPLING,
+    TOP_K,
+    TOP_P,
     OneChoiceReply,
-    check_adapter,
-    parameters_of,
+    parameters,
     read_sampling,
-    text_prompt,
 )
-from endpoint.validation import COUNT, PENALTY, Fields, stop_strings
+from endpoint.validation import COUNT, PENALTY, Fields
 from engine.errors import ServerError
 
-_MAX_STOP_UNITS = 1024
-_MAX_STOPS = 1024
+_INPUTS = text_prompt("inputs")
+_STREAM = Flag("stream", "Sends every token at once, as server-sent events.")
+_FULL_TEXT = Flag("return_full_text", "Puts the prompt and a space before the text.")
+_PROMPT_DETAILS = Flag("decoder_input_details", "As `details`, with the prompt's tokens; not in a stream.")
+_FREQUENCY = Number("frequency_penalty", "Taken from a token's logit each time it was used.", PENALTY)
+_STOP = stop(max_units=1024, max_items=1024)
+_TRUNCATE = Integer("truncate", "Keeps only so many tokens at the prompt's end.", COUNT, default="all")
+_PARAMETERS = parameters(
+    *SAMPLING,
+    TOP_K,
+    TOP_P,
+    _FREQUENCY,
+    _STOP,
+    _TRUNCATE,
+    _FULL_TEXT,
+    DETAILS,
+    _PROMPT_DETAILS,
+    ADAPTER_ID,
+    *ignored("best_of", "top_n_tokens", "grammar", "ignore_eos"),
+)
+_EXAMPLES = {
+    "short": {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 16}},
+    "sampled": {
+        "inputs": "Once upon a time",
+        "parameters": {"max_new_tokens": 16, "temperature": 0.8, "top_p": 0.95, "seed": 7, "details": True},
+    },
+}
 
 
 class _TGI:
     """The body and the answer are the same on all three routes; they differ in when they stream."""
 
     name: ClassVar[str]
+    family = "TGI"
     routes: ClassVar[tuple[str, ...]]
+    body: ClassVar[RequestBody]
     in_list: ClassVar[bool] = False  # whether a whole answer stands in an array
 
     def claims(self, body: Body) -> bool:
@@ -46,22 +77,21 @@ class _TGI:
 
     def parse(self, body: Body, model: ModelInfo, path: Mapping[str, str]) -> GenerationRequest:
         fields = Fields(body)
-        prompt = text_prompt(fields, "inputs")
+        prompt = _INPUTS.read(fields)
         stream = self._streams(fields)
-        parameters = parameters_of(fields)
-        parameters.boolean("details")
-        parameters.boolean("return_full_text")
-        if parameters.flag("decoder_input_details") and stream:
-            raise parameters.error("decoder_input_details", "false in a stream")
-        check_adapter(parameters, model)
+        asked = _PARAMETERS.read(fields)
+        DETAILS.read(asked)
+        _FULL_TEXT.read(asked)
+        if _PROMPT_DETAILS.read(asked) and stream:
+            raise asked.error("decoder_input_details", "false in a stream")
+        lora = ADAPTER_ID.read(asked, model)
+        sampling = read_sampling(asked, model, frequency_penalty=_FREQUENCY.read(asked), lora=lora)
         return GenerationRequest(
             prompt=prompt,
-            sampling=read_sampling(
-                parameters, model, frequency_penalty=parameters.number("frequency_penalty", PENALTY)
-            ),
+            sampling=sampling,
             stream=stream,
-            stop=stop_strings(parameters, _MAX_STOP_UNITS, _MAX_STOPS),
-            keep_last=parameters.integer("truncate", COUNT),
+            stop=_STOP.read(asked),
+            keep_last=_TRUNCATE.read(asked),
         )
 
     def reply(self, request: GenerationRequest, body: Body, context: ReplyContext) -> Reply:
@@ -71,11 +101,17 @@ class _TGI:
 class TGIGenerate(_TGI):
     name = "tgi_generate"
     routes = ("/generate",)
+    body = request_body(
+        "Generate text: a body with `inputs`.", _INPUTS, _PARAMETERS, ignored("stream"), examples=_EXAMPLES
+    )
 
 
 class TGIGenerateStream(_TGI):
     name = "tgi_generate_stream"
     routes = ("/generate_stream",)
+    body = request_body(
+        "Generate text, streamed.", _INPUTS, _PARAMETERS, ignored("stream"), examples=_EXAMPLES
+    )
 
     def _streams(self, fields: Fields) -> bool:
         return True
@@ -84,10 +120,13 @@ class TGIGenerateStream(_TGI):
 class TGIRoot(_TGI):
     name = "tgi_root"
     routes = ("/",)
+    body = request_body(
+        "Generate text, streamed or as a list of one.", _INPUTS, _PARAMETERS, _STREAM, examples=_EXAMPLES
+    )
     in_list = True
 
     def _streams(self, fields: Fields) -> bool:
-        return fields.flag("stream")
+        return _STREAM.read(fields)
 
 
 class TGIReply(OneChoiceReply):
@@ -104,7 +143,7 @@ class TGIReply(OneChoiceReply):
     def frame(self, step: TokenStep) -> bytes:
         text = step.full_text if self._context.full_text_frames else step.text
         token = (
-            f'{{"token":{{"id":[{step.token_id}],"text":{sse.json_text(text)},"logprob":null,"special":null}}'
+            f'{{"token":{{"id":[{step.shown_id}],"text":{sse.json_text(text)},"logprob":null,"special":null}}'
         )
         if step.finish is None:
             return sse.frame(f'{token},"generated_text":null,"details":null}}')
@@ -114,7 +153,7 @@ class TGIReply(OneChoiceReply):
             details = {
                 "prompt_tokens": self._context.prompt_tokens,
                 "finish_reason": FINISH[step.finish],
-                "generated_tokens": step.index + 1,
+                "generated_tokens": step.num_tokens,
                 "seed": self._seed,
             }
         return sse.frame(f'{token},"generated_text":{whole},"details":{sse.dumps(details)}}}')

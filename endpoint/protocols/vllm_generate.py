@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from endpoint import sse
+from endpoint.declarations import Special, ignored, request_body
 from endpoint.http_errors import error_text
+from endpoint.protocols.adapter_choice import adapter_of_model
 from endpoint.protocols.base import (
     Body,
     Completion,
@@ -16,28 +18,65 @@ from endpoint.protocols.base import (
     ReplyContext,
     TokenStep,
 )
-from endpoint.protocols.openai_fields import check_model, read_candidates, read_sampling, read_stops
-from endpoint.protocols.parameters import text_prompt
+from endpoint.protocols.common_fields import NON_EMPTY, text_prompt
+from endpoint.protocols.openai_fields import read_candidates, read_sampling, read_stops
+from endpoint.protocols.openai_members import CANDIDATES, IGNORED, MAX_TOKENS, SAMPLING, STOPS, STREAM
 from endpoint.protocols.sampling import resolve_sampling
-from endpoint.validation import COUNT, Fields
+from endpoint.protocols.structured import VLLM_FORMS, read_grammar
+from endpoint.validation import Fields
 from engine.errors import EngineBug, ServerError
+
+
+def _read_lora(fields: Fields, model: ModelInfo) -> str:
+    return "" if fields.raw("model") in (None, "None") else adapter_of_model(fields, model)
+
+
+_PROMPT = text_prompt("prompt")
+_MODEL = Special(
+    "model", "Name of a loaded adapter, or of the model itself.", _read_lora, NON_EMPTY, default="the model"
+)
 
 
 class VllmGenerate:
     name = "vllm_generate"
+    family = "vLLM"
     routes = ("/generate",)
+    body = request_body(
+        "Generate text: a body with `prompt`.",
+        _PROMPT,
+        _MODEL,
+        STREAM,
+        MAX_TOKENS,
+        SAMPLING,
+        CANDIDATES,
+        STOPS,
+        VLLM_FORMS,
+        IGNORED,
+        ignored("logprobs", "use_beam_search", "min_p", "min_tokens", "logit_bias"),
+        examples={
+            "short": {"prompt": "The capital of France is", "max_tokens": 16},
+            "one of two": {"prompt": "Is the sky blue?", "structured_outputs": {"choice": ["yes", "no"]}},
+            "stream of two": {
+                "prompt": "Once upon a time",
+                "max_tokens": 16,
+                "temperature": 0.8,
+                "n": 2,
+                "stream": True,
+            },
+        },
+    )
 
     def claims(self, body: Body) -> bool:
         return body.get("prompt") is not None
 
     def parse(self, body: Body, model: ModelInfo, path: Mapping[str, str]) -> GenerationRequest:
         fields = Fields(body)
-        if fields.raw("model") not in (None, "None"):
-            check_model(fields, model)
-        prompt = text_prompt(fields, "prompt")
-        stream = fields.flag("stream")
+        lora = _MODEL.read(fields, model)
+        prompt = _PROMPT.read(fields)
+        stream = STREAM.read(fields)
         candidates = read_candidates(fields, model, best_of_streams=True)
-        max_tokens = fields.integer("max_tokens", COUNT)
+        max_tokens = MAX_TOKENS.read(fields)
+        grammar = read_grammar(fields, VLLM_FORMS)
         sampling = resolve_sampling(
             model,
             max_tokens=model.max_iter_times if max_tokens is None else max_tokens,
@@ -46,9 +85,10 @@ class VllmGenerate:
         )
         return GenerationRequest(
             prompt=prompt,
-            sampling=replace(sampling, logprobs=candidates.least_logprobs),
+            sampling=replace(sampling, logprobs=candidates.least_logprobs, lora=lora, grammar=grammar.text),
             stream=stream,
             n=candidates.n,
+            grammar_field=grammar.field,
             **read_stops(fields),
         )
 

@@ -13,8 +13,11 @@ from engine.wire import messages as m
 _TAGS: dict[int, type[m.Message]] = {
     1: m.Submit,
     2: m.Abort,
+    3: m.LoraLoad,
+    4: m.LoraUnload,
     10: m.EngineReady,
     11: m.EngineStats,
+    12: m.LoraDone,
     20: m.Ready,
     21: m.Fatal,
     23: m.Progress,

@@ -25,7 +25,8 @@ TOKEN_ROW = np.dtype(
         ("num_top", "<u2"),  # entries of this row in the table behind all rows
         ("finish", "u1"),  # FinishCode
         ("error", "u1"),  # ServerError.number, 0 = none
-        ("reserved", "u1", 6),
+        ("reserved", "u1", 2),
+        ("rank", "<u4"),  # > 0: the row is about a token of the prompt, see Outcome
     ]
 )
 TOP_ENTRY = np.dtype([("token", "<i4"), ("logprob", "<f4")])
@@ -45,6 +46,7 @@ class TokenRow(NamedTuple):
     finish: int
     error: int
     logprob: float
+    rank: int
     top: Sequence[tuple[int, float]]
 
 
@@ -92,6 +94,7 @@ def write_tokens(
     rows["finish"] = [o.finish for o in outcomes]
     rows["error"] = [o.error.number if o.error else 0 for o in outcomes]
     rows["logprob"] = [o.logprob for o in outcomes]
+    rows["rank"] = [o.rank for o in outcomes]
     rows["num_top"] = [len(o.top) for o in outcomes]
     entries = [entry for o in outcomes for entry in o.top]
     if entries:
@@ -105,7 +108,7 @@ def read_tokens(slot: memoryview) -> tuple[int, list[TokenRow]]:
     rows = np.frombuffer(slot, TOKEN_ROW, int(header["rows"]), TOKEN_HEADER.itemsize)
     num_top = rows["num_top"].tolist()
     entries = np.frombuffer(slot, TOP_ENTRY, sum(num_top), TOKEN_HEADER.itemsize + rows.nbytes).tolist()
-    names = ("request_id", "branch", "token", "queue_wait_us", "finish", "error", "logprob")
+    names = ("request_id", "branch", "token", "queue_wait_us", "finish", "error", "logprob", "rank")
     columns = [rows[name].tolist() for name in names]
     read, start = [], 0
     for *values, count in zip(*columns, num_top, strict=True):

@@ -29,6 +29,21 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraLoad:
+    """endpoint -> leader. Answered by LoraDone once requests may use the adapter, or never will."""
+
+    name: str
+    path: str  # of its directory, absolute
+
+
+@dataclass(frozen=True, slots=True)
+class LoraUnload:
+    """endpoint -> leader. Answered by LoraDone once the last request that uses it has ended."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReady:
     """leader -> endpoint, once: what this instance can take."""
 
@@ -50,6 +65,14 @@ class EngineStats:
     running: int
     preemptions: int  # since start
     free_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraDone:
+    """leader -> endpoint: what became of the last LoraLoad or LoraUnload of this name."""
+
+    name: str
+    error: str  # for the client; "" when it is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +124,11 @@ class InstanceDown:
 Message = (
     Submit
     | Abort
+    | LoraLoad
+    | LoraUnload
     | EngineReady
     | EngineStats
+    | LoraDone
     | Progress
     | Ready
     | Fatal

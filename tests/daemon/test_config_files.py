@@ -218,6 +218,22 @@ def test_quantised_weights_are_refused(home: Home) -> None:
     assert "quantised" in home.only_finding()
 
 
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_only_a_mock_needs_no_files(home: Home, missing: str) -> None:
+    (home.model_dir / missing).unlink()
+    assert missing.removeprefix("model") in home.only_finding()
+    home.model["modelInstanceType"] = "StandardMock"
+    assert home.load().model.instance_type == "StandardMock"
+
+
+def test_a_mock_still_needs_its_directory_and_a_readable_config(home: Home) -> None:
+    home.model["modelInstanceType"] = "StandardMock"
+    home.put("models/mindie-tiny/config.json", "{")
+    assert str(home.model_dir / "config.json") in home.only_finding()
+    home.model["modelWeightPath"] = "models/none"
+    assert "no such directory" in home.only_finding()
+
+
 def test_missing_model_directory_suggests_the_nearest(home: Home) -> None:
     home.model["modelWeightPath"] = "models/mindie-tyni"
     assert f"did you mean {home.model_dir}?" in home.only_finding()

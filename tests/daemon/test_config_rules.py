@@ -228,8 +228,6 @@ def test_plugins_for_speed_are_announced_as_missing(home: Home) -> None:
         ("server", {"layerwiseDisaggregated": True}),
         ("backend", {"multiNodesInferEnabled": True}),
         ("backend", {"kvPoolConfig": {"backend": "mooncake"}}),
-        ("deploy", {"LoraModules": [{"name": "a", "path": "b", "baseModelName": "mindie-tiny"}]}),
-        ("model", {"modelInstanceType": "StandardMock"}),
         ("schedule", {"distributedEnable": True}),
     ],
 )
@@ -256,7 +254,6 @@ def test_tensor_parallelism_is_refused(home: Home) -> None:
         ("schedule", {"supportSelectBatch": True}),
         ("schedule", {"dynamicBatchSizeEnable": True}),
         ("schedule", {"prefillChunkSize": 512}),
-        ("deploy", {"maxLoras": 4}),
         ("server", {"HealthCheckConfig": {"npuUsageThreshold": 10}}),
         ("server", {"openAiSupport": "openai"}),
         ("document", {"LogConfig": {"dynamicLogLevel": "debug"}}),

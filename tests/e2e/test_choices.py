@@ -60,6 +60,49 @@ def test_beam_search_equals_transformers(
         assert [choice["text"] for choice in answer["choices"]] == texts, prompt
 
 
+@pytest.mark.parametrize(
+    ("asked", "generation"),
+    [
+        ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+        ({"repetition_penalty": 0.7}, {"repetition_penalty": 0.7}),
+        ({"min_tokens": 20}, {"min_new_tokens": 20}),
+        (
+            {"repetition_penalty": 1.2, "min_tokens": 9, "min_p": 0.9},
+            {"repetition_penalty": 1.2, "min_new_tokens": 9},
+        ),
+        ({"logit_bias": {"300": 4.0, "265": -5.0}}, {"sequence_bias": {(300,): 4.0, (265,): -5.0}}),
+    ],
+)
+def test_steered_beams_equal_transformers(
+    server: Daemon, reference: tuple[Any, Any], asked: Json, generation: dict[str, Any]
+) -> None:
+    """`min_p` filters what is drawn, and beams draw nothing."""
+    model, tokenizer = reference
+    for prompt in [PROMPT, *prompts(3)]:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        with torch.inference_mode():
+            expected = model.generate(
+                ids, num_beams=3, num_return_sequences=3, do_sample=False, max_new_tokens=24, **generation
+            )
+        texts = [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in expected]
+        body = {**PLAIN, "prompt": prompt, "use_beam_search": True, "n": 3, "logprobs": 1, **asked}
+        choices = server.post("/v1/completions", body).json()["choices"]
+        assert [choice["text"] for choice in choices] == texts, prompt
+        for choice in choices:  # what is told is the model's own all the same
+            values = choice["logprobs"]["token_logprobs"]
+            tops = [max(top.values()) for top in choice["logprobs"]["top_logprobs"]]
+            assert all(value <= best <= 0 for value, best in zip(values, tops, strict=True))
+
+
+def test_frequency_and_presence_penalties_steer_beams(server: Daemon) -> None:
+    body = {**FULL, "use_beam_search": True, "n": 2, "max_tokens": 40}
+    plain = server.post("/v1/completions", {**body, "prompt": "a a a a a a a"}).json()["choices"][0]["text"]
+    for penalty in ("frequency_penalty", "presence_penalty"):
+        steered = {**body, "prompt": "a a a a a a a", penalty: 2.0}
+        text = server.post("/v1/completions", steered).json()["choices"][0]["text"]
+        assert len(set(text.split())) > len(set(plain.split())), penalty
+
+
 def test_beams_survive_preemption(make_daemon: MakeDaemon, server: Daemon) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -250,7 +250,7 @@ def test_stop_infer_ends_a_stream_with_what_it_has(endless: Daemon) -> None:
         sent = [json.loads(payload) for payload in sse_payloads(raw + response.read())]
     assert sent[-1]["details"]["finish_reason"] == "stop_sequence"
     assert all("finish_reason" not in frame["details"] for frame in sent[:-1])
-    assert len(sent) == sent[-1]["details"]["generated_tokens"] < 4000
+    assert len(sent) - 1 == sent[-1]["details"]["generated_tokens"] < 4000  # the last one is no token
     assert endless.post(f"{MODEL}/stopInfer", {"id": "mine"}).status == 404
     idle_again(endless)
 
@@ -267,9 +267,9 @@ def test_stop_infer_ends_a_whole_answer(endless: Daemon, route: str) -> None:
     (answer,) = answers
     assert answer["id"] == "mine"
     if route == "generate":
-        assert answer["details"]["finish_reason"] == "stop_sequence" and answer["text_output"]
+        assert answer["details"]["finish_reason"] == "stop_sequence"
     else:
-        assert 1 <= answer["outputs"][0]["shape"][1] < 4000
+        assert answer["outputs"][0]["shape"][1] < 4000
     idle_again(endless)
 
 
@@ -417,7 +417,7 @@ def test_the_dialects_say_the_same(server: Daemon, text: str) -> None:
 BAD: list[tuple[str, Json, str]] = [
     ("/v1/chat/completions", {"n": 0}, "n"),
     ("/v1/completions", {"min_p": 2}, "min_p"),
-    ("/v1/completions", {"prompt_logprobs": 1}, "prompt_logprobs"),
+    ("/v1/completions", {"prompt_logprobs": 21}, "prompt_logprobs"),
     ("/generate", {"best_of": 0}, "best_of"),
     ("/generate", {"prompt": None}, "inputs"),
     ("/generate_stream", {"parameters": {"decoder_input_details": True}}, "decoder_input_details"),

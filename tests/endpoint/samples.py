@@ -30,6 +30,7 @@ def model_info(name: str = "llama", **generation_defaults: Any) -> ModelInfo:
         max_prompt_tokens=2048,
         max_seq_len=2560,
         max_n=128,
+        max_batch_size=200,
         generation_defaults=generation_defaults,
         created=1_744_038_000,
     )
@@ -42,8 +43,12 @@ def context(
     model: str = "llama",
     prompt_text: str = "",
     prompt_ids: Sequence[int] = (),
+    echoes: Sequence[str] = (),
+    prompt_lengths: Sequence[int] = (),
 ) -> ReplyContext:
-    return ReplyContext(number, model_info(model), prompt_tokens, prompt_text, full_text, prompt_ids)
+    return ReplyContext(
+        number, model_info(model), prompt_tokens, prompt_text, full_text, prompt_ids, echoes, prompt_lengths
+    )
 
 
 def steps(
@@ -88,6 +93,8 @@ def completion(of: Sequence[TokenStep]) -> Completion:
         queue_waits_us=[step.queue_wait_us for step in of],
         logprobs=[step.logprob for step in of if step.logprob is not None],
         top_logprobs=[step.top_logprobs for step in of if step.logprob is not None],
+        prompt=of[0].prompt,
+        pieces=[step.text for step in of],
     )
 
 

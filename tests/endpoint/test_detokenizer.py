@@ -216,3 +216,24 @@ def test_a_stop_string_completed_by_the_last_token_is_a_stop() -> None:
     tokenizer = pool("byte_level")
     deltas = run(tokenizer, ids_of(tokenizer, "one END"), stop=["END"])
     assert joined(deltas) == "one " and deltas[-1].stop_hit == "END"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(deadline=None, max_examples=60)
+@given(
+    pieces=st.lists(
+        st.sampled_from(["hello", " world", "你", "<|im_start|>", "<|im_end|>", "</s>"]), max_size=12
+    )
+)
+def test_a_kept_special_token_is_written_out_and_no_other(family: str, pieces: list[str]) -> None:
+    tokenizer = pool(family)
+    special = tokenizer.special_by_text
+    ids = [
+        i for piece in pieces for i in ([special[piece]] if piece in special else ids_of(tokenizer, piece))
+    ]
+    kept = tokenizer.ids_of_special(["<|im_start|>", "hello"])
+    prompt = [special["<|im_end|>"], special["<|im_start|>"]]
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt, kept=kept)
+    text = "".join(detokenizer.push(i).text for i in ids) + detokenizer.finish().text
+    shown = [piece for piece in pieces if piece not in special or piece == "<|im_start|>"]
+    assert text.replace(" ", "") == "".join(shown).replace(" ", "")

@@ -17,9 +17,11 @@ EXPECTED: list[tuple[ServerError, int, str]] = [
     (errors.MethodNotAllowed("m", ("POST",)), 405, "Method Not Allowed"),
     (errors.BodyTooLarge("m"), 413, "Request Entity Too Large"),
     (errors.GenerationRefused("m"), 424, "Generation Error"),
+    (errors.GrammarFailed("m"), 424, "Generation Error"),
     (errors.RequestTimeout("m"), 500, "Incomplete Generation"),
     (errors.EngineFailed("m"), 500, "Incomplete Generation"),
     (errors.ServiceUnavailable("m"), 503, "Service Unavailable"),
+    (errors.WrongState("m"), 400, "Bad Request"),
     (ServerError("m"), 500, "Incomplete Generation"),
 ]
 

@@ -189,26 +189,6 @@ def test_forbidden_combinations(members: dict[str, Any], field: str) -> None:
         parse(**members)
 
 
-@pytest.mark.parametrize(
-    ("members", "field"),
-    [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}},
-            "response_format",
-        ),
-        ({"tools": [FUNCTION]}, "tools"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs"),
-        ({"chat_template": "{{ messages }}"}, "chat_template"),
-        ({"continue_final_message": True}, "continue_final_message"),
-    ],
-)
-def test_what_this_build_cannot_do_is_refused_not_ignored(members: dict[str, Any], field: str) -> None:
-    """A13 among them."""
-    with pytest.raises(InvalidRequest, match=f"`{field}`.*not supported by this build"):
-        parse(**members)
-
-
 # -- answers -----------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from engine.block_manager import BlockManager
-from engine.errors import EngineBug, GenerationRefused
-from engine.executor import Sampled
+from engine.errors import EngineBug, EngineFailed, GenerationRefused, GrammarFailed, ServerError
+from engine.executor import NO_CONTINUATION, NO_TOKEN, Sampled
 from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan
 from engine.sampling_params import SamplingParams
@@ -210,6 +210,14 @@ def test_finish_codes(params: SamplingParams, token: int, expected: FinishCode) 
     assert outcomes[0].finish is expected
     assert scheduler.has_work == (expected is FinishCode.NONE)
     scheduler.check()
+
+
+@pytest.mark.parametrize(("code", "error"), [(NO_TOKEN, EngineFailed), (NO_CONTINUATION, GrammarFailed)])
+def test_a_sample_that_is_no_token_says_why(code: int, error: type[ServerError]) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(SequenceGroup(1, np.array([1, 2], np.int32), SamplingParams(5)))
+    _, outcomes = run_step(scheduler, 1.0, code)
+    assert [(o.token, o.finish, o.error) for o in outcomes] == [(-1, FinishCode.ERROR, error)]
 
 
 def one_sequence(num_tokens: int) -> Sequence:

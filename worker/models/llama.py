@@ -14,6 +14,7 @@ from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig, parse_decoder
 from worker.kv_cache import KvCache
 from worker.layers.activation import silu_mul
+from worker.layers.adapted import AdaptedLinear, Projection, StepAdapters
 from worker.layers.norm import rms_norm
 from worker.layers.rotary import RotaryTable, apply_rotary
 from worker.loader import Checkpoint
@@ -31,6 +32,8 @@ class WeightReader:
         self._checkpoint = checkpoint
         self._platform = platform
         self._dtype = dtype
+        self.step_adapters = StepAdapters()
+        self.projections: dict[str, Projection] = {}
 
     def plain(self, module: str) -> Tensor:
         """The weight of a norm or an embedding, as it is."""
@@ -49,6 +52,17 @@ class WeightReader:
         self._checkpoint.release()
         return linear
 
+    def adapted(self, prefix: str, *modules: str, bias: bool = False) -> AdaptedLinear:
+        """As `linear`, and open to LoRA adapters; note where each projection ends up."""
+        layer = AdaptedLinear(self.linear(prefix, *modules, bias=bias), self.step_adapters)
+        start = 0
+        for module in modules:
+            rows, columns = self._checkpoint.shape(f"{prefix}{module}.weight")
+            outputs = slice(start, start + rows)
+            self.projections[f"{prefix}{module}"] = Projection(layer, outputs, columns)
+            start += rows
+        return layer
+
 
 class DecoderLayer:
     def __init__(self, config: DecoderConfig, reader: WeightReader, prefix: str) -> None:
@@ -57,11 +71,11 @@ class DecoderLayer:
         self._rotated_heads = config.num_heads + config.num_kv_heads
         self._eps = config.rms_norm_eps
         self._input_norm = reader.plain(f"{prefix}input_layernorm")
-        self._qkv = reader.linear(f"{prefix}self_attn.", "q_proj", "k_proj", "v_proj", bias=config.qkv_bias)
-        self._output = reader.linear(f"{prefix}self_attn.", "o_proj", bias=config.output_bias)
+        self._qkv = reader.adapted(f"{prefix}self_attn.", "q_proj", "k_proj", "v_proj", bias=config.qkv_bias)
+        self._output = reader.adapted(f"{prefix}self_attn.", "o_proj", bias=config.output_bias)
         self._mlp_norm = reader.plain(f"{prefix}post_attention_layernorm")
-        self._gate_up = reader.linear(f"{prefix}mlp.", "gate_proj", "up_proj", bias=config.mlp_bias)
-        self._down = reader.linear(f"{prefix}mlp.", "down_proj", bias=config.mlp_bias)
+        self._gate_up = reader.adapted(f"{prefix}mlp.", "gate_proj", "up_proj", bias=config.mlp_bias)
+        self._down = reader.adapted(f"{prefix}mlp.", "down_proj", bias=config.mlp_bias)
 
     def forward(
         self,
@@ -100,6 +114,7 @@ class LlamaForCausalLM:
         for index in range(config.num_layers):
             self._layers.append(DecoderLayer(config, reader, f"model.layers.{index}."))
             progress((index + 1) / (config.num_layers + 1))
+        self.projections, self.step_adapters = reader.projections, reader.step_adapters
         self._final_norm = reader.plain(_FINAL_NORM)
         self._embedding = reader.plain(_EMBEDDING)
         if config.tie_word_embeddings:

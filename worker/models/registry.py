@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from worker.batch import Batch
 from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig
 from worker.kv_cache import KvCache
+from worker.layers.adapted import Projection, StepAdapters
 from worker.loader import Checkpoint
 from worker.platforms.base import Platform
 
@@ -25,6 +26,9 @@ MODELS: dict[str, tuple[str, str]] = {
 
 class CausalModel(Protocol):
     """A decoder with its weights loaded."""
+
+    projections: Mapping[str, Projection]  # by module name: what LoRA adapters may change
+    step_adapters: StepAdapters  # of the layers these lie in; set before each step
 
     def __init__(
         self,

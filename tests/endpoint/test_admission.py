@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from endpoint.service import Admission
+from endpoint.admission import Admission
 from engine.errors import ServiceUnavailable
 
 
