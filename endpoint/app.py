@@ -28,7 +28,7 @@ log = logging.getLogger("server.http")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_UUID = "uuid"  # of a request, under this key
+_UUID = web.RequestKey("uuid", str)
 _STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
 

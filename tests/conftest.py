@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.harness import Daemon, Installation, Json, eventually
 
@@ -56,4 +57,7 @@ def https_server(installation: Installation) -> Iterator[Daemon]:
 
 def pytest_configure(config: pytest.Config) -> None:
     del config
+    # how long one example takes is the machine's business; every test has a time limit of its own
+    settings.register_profile("here", deadline=None)
+    settings.load_profile("here")
     assert Path("/dev/shm").is_dir(), "these tests need /dev/shm"

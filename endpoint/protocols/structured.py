@@ -64,7 +64,8 @@ def _response_format(fields: Fields, name: str) -> Grammar:
     if kind == "text":
         return ANYTHING
     if kind == "json_object":
-        return Grammar(_ANY_OBJECT, name)
+        schema = wanted.object("value")  # where huggingface_hub puts the schema it was given
+        return Grammar(_of_schema(schema), wanted.path("value")) if schema else Grammar(_ANY_OBJECT, name)
     if kind != "json_schema":
         raise wanted.error("type", '"text", "json_object" or "json_schema"')
     described = wanted.object("json_schema")
@@ -215,7 +216,7 @@ RESPONSE_FORMAT = _form(
         "anyOf": [
             {
                 "type": "object",
-                "properties": {"type": {"enum": ["text", "json_object"]}},
+                "properties": {"type": {"enum": ["text", "json_object"]}, "value": {"type": "object"}},
                 "required": ["type"],
             },
             {

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import httpx2
+import jsonschema
 import pytest
 from huggingface_hub import InferenceClient, close_session, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, TextGenerationError
@@ -112,8 +113,9 @@ def test_chat_the_openai_way(client: InferenceClient) -> None:
 
 
 def test_chat_with_a_json_schema(client: InferenceClient) -> None:
-    """The client turns a JSON schema into TGI's `json_object`, so what comes is one object of any members."""
-    schema = {"type": "object", "properties": {"cats": {"type": "integer"}}, "required": ["cats"]}
+    """The client turns a JSON schema into TGI's `json_object` with the schema as `value`."""
+    few = {"type": "integer", "minimum": 0, "maximum": 9}
+    schema = {"type": "object", "properties": {"cats": few}, "required": ["cats"]}
     answer = client.chat_completion(
         STORY,
         model=MODEL,
@@ -121,9 +123,8 @@ def test_chat_with_a_json_schema(client: InferenceClient) -> None:
         response_format={"type": "json_schema", "json_schema": {"name": "cats", "schema": schema}},
     )
     choice = answer.choices[0]
-    assert choice.message.content is not None and choice.message.content.lstrip().startswith("{")
-    if choice.finish_reason == "stop":
-        assert isinstance(json.loads(choice.message.content), dict)
+    assert choice.finish_reason == "stop" and choice.message.content is not None
+    jsonschema.validate(json.loads(choice.message.content), schema)
 
 
 def test_chat_with_a_required_tool(client: InferenceClient) -> None:
