@@ -15,9 +15,10 @@ start mindieservice_daemon and wait until it serves.
   --port N                port of the inference interfaces (config.json: ServerConfig.port)
   --management-port N     port of the health and control interfaces (ServerConfig.managementPort)
   --metrics-port N        port of the Prometheus metrics (ServerConfig.metricsPort)
+  --http, --https         without or with TLS and client certificates (ServerConfig.httpsEnabled)
   -h, --help              this text
 
-The ports are written to DIR/conf/config.json, which is otherwise yours: it is copied once, never replaced.
+These are written to DIR/conf/config.json, which is otherwise yours: it is copied once, never replaced.
 PYTHON=/path/to/python3 names the interpreter (3.10 or newer); pip's own settings, such as PIP_INDEX_URL and
 PIP_EXTRA_INDEX_URL, apply.
 
@@ -35,7 +36,7 @@ source scripts/venv.sh
 readonly success_line="Daemon start success!"
 readonly patience_s=60 # with a service that has served and does not answer any more
 home=$PWD/mindie-service
-port="" management_port="" metrics_port=""
+port="" management_port="" metrics_port="" https=""
 
 parse_arguments() {
     while (($#)); do
@@ -46,6 +47,11 @@ parse_arguments() {
                 ;;
             --dir | --port | --management-port | --metrics-port)
                 (($# > 1)) || die "$1 needs a value"
+                ;;
+            --http | --https)
+                [[ $1 == --https ]] && https=true || https=false
+                shift
+                continue
                 ;;
             -h | --help) usage && exit 0 ;;
             *) die "unknown option $1; see scripts/serve.sh --help" ;;
@@ -101,7 +107,7 @@ install_everything() {
         mv "$home/conf/.config.json.new" "$home/conf/config.json"
         step "conf" "config.json copied"
     fi
-    set_ports
+    set_listeners
     make_certificates
 }
 
@@ -157,36 +163,37 @@ install_model() {
     step "model" "models/mindie-tiny copied"
 }
 
-# edit_ports write|compare: prints the ports that were given and differ from what config.json has.
-edit_ports() {
-    "$home/bin/python" - "$1" "$home/conf/config.json" "$port" "$management_port" "$metrics_port" << 'EOF'
+# edit_listeners write|compare: prints what was given of the listeners and differs from what config.json has.
+edit_listeners() {
+    "$home/bin/python" - "$1" "$home/conf/config.json" "$port" "$management_port" "$metrics_port" "$https" << 'EOF'
 import json
 import os
 import sys
 from pathlib import Path
 
-action, path, ports = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+action, path, given = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 try:
     config = json.loads(path.read_text(encoding="utf-8-sig"))
     server = config["ServerConfig"]
-    wanted = zip(("port", "managementPort", "metricsPort"), ports, strict=True)
-    changes = {key: int(value) for key, value in wanted if value and server.get(key) != int(value)}
+    wanted = zip(("port", "managementPort", "metricsPort", "httpsEnabled"), given, strict=True)
+    values = {key: json.loads(value.lstrip("0") or "0") for key, value in wanted if value}
+    changes = {key: value for key, value in values.items() if server.get(key) != value}
     server.update(changes)
 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    sys.exit(f"serve.sh: the ports cannot be set in {path}: {type(error).__name__}: {error}")
+    sys.exit(f"serve.sh: the listeners cannot be set in {path}: {type(error).__name__}: {error}")
 if changes and action == "write":
     fresh = path.with_name(".config.json.new")
     fresh.write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
     fresh.chmod(path.stat().st_mode & 0o777)
     os.replace(fresh, path)
-print(", ".join(f"{key} {value}" for key, value in changes.items()))
+print(", ".join(f"{key} {json.dumps(value)}" for key, value in changes.items()))
 EOF
 }
 
-set_ports() {
+set_listeners() {
     local changed
-    [[ -n $port$management_port$metrics_port ]] || return 0
-    changed=$(edit_ports write)
+    [[ -n $port$management_port$metrics_port$https ]] || return 0
+    changed=$(edit_listeners write)
     if [[ -n $changed ]]; then
         step "" "set in config.json: $changed"
     fi
@@ -260,9 +267,9 @@ join_service() {
 
 leave_running() {
     local others
-    others=$(edit_ports compare)
+    others=$(edit_listeners compare)
     [[ -z $others ]] ||
-        die "the service runs in $home with other ports than $others; stop it first: kill $daemon_pid"
+        die "the service runs in $home with other settings than $others; stop it first: kill $daemon_pid"
     printf 'mindieservice_daemon is running already in %s; nothing was changed.\n' "$home"
     if ! stamped "$home" sources "$(sources_hash)" || ! stamped "$home" model "$(model_hash)"; then
         printf 'This tree has changed since it was installed there: stop the service and run this again.\n'

@@ -199,7 +199,7 @@ def test_penalties_reach_the_sampler(server: Daemon) -> None:
         ("/v1/chat/completions", {"n": 51}, 422, ["n", "50"]),
         ("/v1/chat/completions", {"n": 2, "temperature": 0}, 422, ["temperature"]),
         ("/v1/chat/completions", {"tools": [{}]}, 422, ["tools"]),
-        ("/v1/completions", {"use_beam_search": True, "min_p": 0.5}, 422, ["min_p", "use_beam_search"]),
+        ("/v1/completions", {"use_beam_search": True, "max_tokens": 129}, 422, ["max_tokens", "128"]),
         ("/v1/chat/completions", {"stream": 1}, 422, ["stream"]),
         ("/v1/chat/completions", {"stop": [""]}, 422, ["stop"]),
         ("/v1/chat/completions", {"temperature": 5e400}, 422, []),

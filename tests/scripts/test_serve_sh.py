@@ -198,6 +198,21 @@ class TestFromBareToServing:
         assert [line for line in again.stdout.splitlines() if "installed" in line or "copied" in line] == []
         assert place.content() == before
 
+    def test_without_tls_and_back(self, place: Place, first_run: str) -> None:
+        secure = place.serve().stdout
+        refused = place.serve("--http")
+        assert refused.returncode == 1 and "httpsEnabled false" in refused.stderr
+        stop(secure)
+        plain = place.serve("--http")
+        assert plain.returncode == 0, plain.stdout + plain.stderr
+        models, chat = commands(plain.stdout, "curl")
+        assert " http://" in models and "--cert" not in models
+        assert "mindie-tiny" in paste(models) and "choices" in paste(chat)
+        stop(plain.stdout)
+        secure = place.serve("--https").stdout
+        assert " https://" in secure
+        stop(secure)
+
     def test_a_bad_configuration_is_told_with_its_cause(self, place: Place, first_run: str) -> None:
         with bad_port(place):
             failed = place.serve()
@@ -301,6 +316,7 @@ class TestFromBareToServing:
         (["--port"], "--port needs a value"),
         (["--port", "80a"], "80a: not a port number"),
         (["--metrics-port="], "not a port number"),
+        (["--http=yes"], "--http=yes"),
     ],
 )
 def test_a_bad_command_line_is_refused(tmp_path: Path, arguments: list[str], says: str) -> None:
