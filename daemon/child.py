@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from daemon.title import set_process_name
 from engine.errors import EXIT_INIT, StartupError
+from engine.title import set_process_name
 from engine.wire.links import Control
 from engine.wire.messages import Fatal
 

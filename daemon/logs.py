@@ -11,17 +11,21 @@ LEVELS = ("DEBUG", "INFO", "WARN", "ERROR", "CRITICAL")
 
 logging.addLevelName(logging.WARNING, "WARN")
 
+# clients choose names and paths that end up in messages: they must neither begin a line nor steer a terminal
+_CONTROLS = {ord("\n"): " ", 0x2028: "\\u2028", 0x2029: "\\u2029"} | {
+    code: f"\\x{code:02x}" for code in [*range(0x20), *range(0x7F, 0xA0)] if code != ord("\n")
+}
+
 
 class _Formatter(logging.Formatter):
-    """`[time] [pid] [tid] [component] [LEVEL] [file-line] : message`, always on one line."""
+    """`[time] [pid] [tid] [component] [LEVEL] [file-line] : message` on one line, then a traceback's."""
 
     def format(self, record: logging.LogRecord) -> str:
         component = record.name.partition(".")[0]
-        text = record.getMessage()
+        lines = [record.getMessage()]
         if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        else:
-            text = text.replace("\n", " ")
+            lines += self.formatException(record.exc_info).split("\n")
+        text = "\n  ".join(line.translate(_CONTROLS) for line in lines)
         when = f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')}.{int(record.msecs):03d}"
         return (
             f"[{when}] [{os.getpid()}] [{threading.get_native_id()}] [{component}] [{record.levelname}] "

@@ -19,11 +19,11 @@ from daemon.logs import set_up_logging
 from daemon.plan import ProcessSpec, plan_processes
 from daemon.rundir import make_run_dir, run_name, sweep_stale
 from daemon.supervisor import Limits, Supervisor, install_signal_pipe
-from daemon.title import hide_interpreter, set_process_name
 from endpoint.context import EndpointContext
 from endpoint.tls import check_listeners
 from engine.errors import EXIT_CONFIG, EXIT_USAGE, StartupError
 from engine.settings import Listener, ServerSettings
+from engine.title import hide_interpreter, set_process_name
 from engine.wire import sizes
 from engine.wire.links import Control, InstanceWire
 from engine.wire.ring import create_ring

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from aiohttp import web
 
@@ -15,7 +16,7 @@ from endpoint.json_body import parse_body
 from endpoint.management import ManagementPlane
 from endpoint.metadata import SERVER_NAME
 from endpoint.metrics import CONTENT_TYPE, Metrics, Outcome
-from endpoint.protocols.base import GenerationRequest, ProtocolAdapter, Reply
+from endpoint.protocols.base import Body, Completion, GenerationRequest, ModelInfo, ProtocolAdapter, Reply
 from endpoint.protocols.triton import MODEL_PATH, stop_infer_id
 from endpoint.request_body import read_body
 from endpoint.request_id import internal_id, new_uuid
@@ -26,9 +27,12 @@ from engine.settings import EndpointSettings, ModelSettings, Plane, ScheduleSett
 
 log = logging.getLogger("server.http")
 
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _UUID = web.RequestKey("uuid", str)
+_INLINE_ENTRIES = 2000  # tokens, and probabilities beside them; writing one takes some 5 us
+_INLINE_BYTES = 65_536  # of a body that is parsed on the event loop
 _STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
 
@@ -112,17 +116,26 @@ class BusinessPlane:
             service = self._ready_service()
             if "model" in http.match_info:  # a wrong path is wrong whatever the body says
                 models_api.check_served(service.info, http.match_info["model"])
-            body = parse_body(await self._read_body(http), self._settings.max_json_depth)
-            adapter = next((a for a in adapters if a.claims(body)), None)
-            if adapter is None:
-                raise InvalidRequest(f"{http.path}: the body belongs to no known dialect; see docs/api.md")
-            request = adapter.parse(body, service.info, http.match_info)
+            raw = await self._read_body(http)
+            if len(raw) <= _INLINE_BYTES:
+                adapter, body, request = parse(raw, service.info, http)
+            else:  # milliseconds, or with many small values a second, that nobody else is to wait for
+                adapter, body, request = await asyncio.to_thread(parse, raw, service.info, http)
             request_id = internal_id(http.headers, http[_UUID])
             async with service.open(request, request_id) as stream:
                 reply = adapter.reply(request, body, stream.context)
                 response = await _answer(http, request_id, request, stream, reply)
                 outcome.ok = stream.complete
                 return response
+
+        def parse(
+            raw: bytes, info: ModelInfo, http: web.Request
+        ) -> tuple[ProtocolAdapter, Body, GenerationRequest]:
+            body = parse_body(raw, self._settings.max_json_depth)
+            adapter = next((a for a in adapters if a.claims(body)), None)
+            if adapter is None:
+                raise InvalidRequest(f"{http.path}: the body belongs to no known dialect; see docs/api.md")
+            return adapter, body, adapter.parse(body, info, http.match_info)
 
         return handle
 
@@ -139,13 +152,10 @@ async def _answer(
     http: web.Request, request_id: str, request: GenerationRequest, stream: GenerationStream, reply: Reply
 ) -> web.StreamResponse:
     if not request.stream:
-        completions = await stream.collect()
-        if request.sampling.prompt_logprobs >= 0:  # may be megabytes
-            return web.json_response(body=await asyncio.to_thread(reply.result, completions))
-        return web.json_response(body=reply.result(completions))
+        return web.json_response(body=await _written(reply.result, request, await stream.collect()))
     response = web.StreamResponse(headers=_STREAM_HEADERS)
     if request.sampling.beam_search:  # nothing is final before all beams have ended
-        frames = reply.beam_frames(await stream.collect())
+        frames = await _written(reply.beam_frames, request, await stream.collect())
         await response.prepare(http)
         for frame in [*frames, *reply.tail()]:
             await response.write(frame)
@@ -158,7 +168,7 @@ async def _answer(
             # one write is one HTTP chunk; clients of the original parse each chunk by itself
             if frame := reply.frame(step):
                 await response.write(frame)
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, ConnectionError):
         if http.transport is not None:
             http.transport.abort()  # a client that does not read would keep what is buffered for it
         raise
@@ -177,6 +187,18 @@ async def _answer(
     return response
 
 
+async def _written(
+    write: Callable[[Sequence[Completion]], T], request: GenerationRequest, completions: Sequence[Completion]
+) -> T:
+    """`write(completions)`, beside the event loop when there is much to write."""
+    asked = request.sampling
+    size = sum(
+        len(one.token_ids) * (2 + asked.logprobs) + len(one.prompt) * (1 + asked.prompt_logprobs)
+        for one in completions
+    )
+    return write(completions) if size < _INLINE_ENTRIES else await asyncio.to_thread(write, completions)
+
+
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every failure becomes the canonical body; only our own texts reach a client."""
@@ -189,9 +211,11 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _error_response(http_errors.unknown_path())
     except web.HTTPMethodNotAllowed as error:
         return _error_response(http_errors.wrong_method(tuple(sorted(error.allowed_methods))))
-    except (web.HTTPException, ConnectionError):
+    except web.HTTPException:
         raise
     except Exception as error:
+        if isinstance(error, ConnectionError) and (not request.transport or request.transport.is_closing()):
+            raise asyncio.CancelledError from None  # the client has gone: as when aiohttp notices it itself
         log.exception("%s %s, request %s failed", request.method, request.path, request[_UUID])
         return _error_response(error)
 

@@ -110,17 +110,6 @@ class Flag(Declaration):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text(Declaration):
-    """A non-empty string."""
-
-    def read(self, fields: Fields) -> str | None:
-        return fields.text(self.name)
-
-    def value_schema(self) -> Json:
-        return {"type": "string", "minLength": 1}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Special(Declaration, Generic[P, T]):
     """A member with rules of its own: the function that checks it, and beside it what its schema can tell.
 

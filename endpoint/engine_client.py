@@ -51,6 +51,7 @@ _REFUSALS: dict[type[ServerError], str] = {
 
 
 _RING_FULL_S = 0.001
+_RECORDS_PER_TURN = 8  # of the token ring; each is a few milliseconds at most
 
 
 class Token(NamedTuple):
@@ -93,7 +94,7 @@ class Flight:
 
     branches: int  # of each part
     arrival: float  # monotonic seconds; when the HTTP request came
-    submitted: float
+    submitted: float  # when it set out for the engine
     last_token: float  # when the last token came, or the request was submitted
     token_limit_s: float  # longest wait between two tokens
     parts: list[Part] = field(default_factory=list)
@@ -244,7 +245,7 @@ class EngineClient:
         except BaseException:
             self.close(flight)
             raise
-        flight.submitted = flight.last_token = time.monotonic()
+        flight.last_token = time.monotonic()  # not sooner: putting many prompts on their way may take long
         return flight
 
     async def _submit_part(
@@ -326,7 +327,10 @@ class EngineClient:
                 self.failure.set_exception(error)
 
     def _on_tokens(self, link: InstanceLink) -> None:
-        while (slot := link.tokens.take()) is not None:
+        for _ in range(_RECORDS_PER_TURN):
+            slot = link.tokens.take()
+            if slot is None:
+                return
             batch_size, rows = layout.read_tokens(slot)
             link.tokens.release()
             now = self.last_token_at = time.monotonic()
@@ -360,6 +364,8 @@ class EngineClient:
                         row.top,
                     )
                 )
+        # prompts with log-probabilities come in hundreds of records: others want their turn
+        asyncio.get_running_loop().call_soon(self._guarded, self._on_tokens, link)
 
     def _on_events(self, link: InstanceLink) -> None:
         for message in link.events.receive():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-from endpoint.detokenizer import IncrementalDetokenizer
+from endpoint.detokenizer import IncrementalDetokenizer, StopStrings
 from endpoint.engine_client import EngineClient, Flight, PromptRow, Token
 from endpoint.metrics import Metrics
 from endpoint.protocols.base import (
@@ -130,6 +130,7 @@ class GenerationStream:
         self._prompts = prompts
         self._prompt_tokens: dict[int, Sequence[PromptToken]] = {}  # by prompt
         self._branches = request.sampling.branches
+        self._stop = StopStrings(request.stop) if request.stop else None
         self._choices = [self._choice(index) for index in range(len(prompts) * self._branches)]
 
     def _choice(self, index: int) -> _Choice:
@@ -138,7 +139,7 @@ class GenerationStream:
             self._tokenizer,
             self._prompts[index // self._branches],
             skip_special_tokens=request.skip_special_tokens,
-            stop=request.stop,
+            stop=self._stop,
             include_stop=request.include_stop,
             kept=self._tokenizer.ids_of_special(request.markers),
         )
@@ -153,12 +154,14 @@ class GenerationStream:
             choice = self._choices[token.branch]
             if choice.finished:
                 continue  # computed before the engine heard of the stop string
-            prompt = () if choice.begun else await self._prompt_of(choice)
+            begins = not choice.begun
+            prompt = await self._prompt_of(choice) if begins else ()
             step = choice.step(token, self._request.include_stop, whole, self._tokenizer, prompt)
             generated += 1
+            self._metrics.token()
             if generated == 1:
                 self._metrics.first_token(token.at - self._flight.submitted)
-            else:
+            elif not begins:
                 self._metrics.next_token(step.latency_ms / 1e3)
             if choice.finished:
                 left -= 1

@@ -45,6 +45,15 @@ class _Verdict:
         return _ENTRY_BYTES + len(self.error) + len(self.translated)
 
 
+@dataclass(slots=True, eq=False)
+class _Trial:
+    """A grammar that is being tried out, or stands in line for it."""
+
+    task: asyncio.Task[_Verdict]
+    num_waiting: int = 0  # requests that want the verdict
+    begun: bool = False
+
+
 class GrammarChecker:
     """One per endpoint process; its sandbox starts with the first grammar. Lives on the event loop."""
 
@@ -53,7 +62,7 @@ class GrammarChecker:
         self._cache_bytes = cache_bytes
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._size = 0
-        self._pending: dict[bytes, asyncio.Task[_Verdict]] = {}
+        self._pending: dict[bytes, _Trial] = {}
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._starting = asyncio.Lock()
         self._sandbox: _Sandbox | None = None
@@ -67,11 +76,7 @@ class GrammarChecker:
         key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
         verdict = self._verdicts.get(key)
         if verdict is None:
-            trial = self._pending.get(key)
-            if trial is None:
-                trial = self._pending[key] = asyncio.create_task(self._try_out(key, grammar))
-            # a client that hangs up must not take the verdict from the others who wait for it
-            verdict = await asyncio.shield(trial)
+            verdict = await self._tried(key, grammar)
         else:
             self._verdicts.move_to_end(key)
         if verdict.error:
@@ -82,16 +87,32 @@ class GrammarChecker:
 
     async def close(self) -> None:
         for trial in list(self._pending.values()):
-            trial.cancel()
+            trial.task.cancel()
         if self._sandbox is not None:
             await self._sandbox.close()
 
-    async def _try_out(self, key: bytes, grammar: str) -> _Verdict:
+    async def _tried(self, key: bytes, grammar: str) -> _Verdict:
+        trial = self._pending.get(key)
+        if trial is None:
+            trial = self._pending[key] = _Trial(asyncio.create_task(self._try_out(key, grammar)))
+        trial.num_waiting += 1
         try:
-            async with self._turns:
-                answer = await (await self._running_sandbox()).ask(grammar)
+            # a client that hangs up must not take the verdict from the others who wait for it
+            return await asyncio.shield(trial.task)
         finally:
-            del self._pending[key]
+            trial.num_waiting -= 1
+            if not trial.num_waiting and not trial.begun:  # nor leave a line of trials that nobody wants
+                self._pending.pop(key, None)
+                trial.task.cancel()
+
+    async def _try_out(self, key: bytes, grammar: str) -> _Verdict:
+        async with self._turns:
+            trial = self._pending[key]
+            trial.begun = True
+            try:
+                answer = await (await self._running_sandbox()).ask(grammar)
+            finally:
+                del self._pending[key]
         self.num_trials += 1
         translated = answer.get("grammar", "")
         verdict = _Verdict(answer.get("error", ""), "" if translated == grammar else translated)
@@ -105,7 +126,10 @@ class GrammarChecker:
         async with self._starting:
             if self._sandbox is None or not self._sandbox.alive:
                 vocabulary = await asyncio.to_thread(self._vocabulary)
-                self._sandbox = await _Sandbox.start(vocabulary)
+                try:
+                    self._sandbox = await _Sandbox.start(vocabulary)
+                except OSError:  # no process or descriptor is left, or it has ended at once
+                    raise _ended() from None
             return self._sandbox
 
 

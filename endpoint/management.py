@@ -104,7 +104,9 @@ class ManagementPlane:
         seconds = wait_time(request.match_info.get("seconds", str(DEFAULT_WAIT_S)))
         if self.engine is None or self.info is None or self.health.failed is not None:
             status, message = self.health.verdict(loading_status=503)
-            return _answer(status, message)
+            if status == 500:
+                raise EngineFailed(message)
+            raise ServiceUnavailable(message, retry_after_s=5)
         # asked while stopping it still tells of the engine, not of the service
         await run_trial(self.engine, seconds)
         return web.json_response({"status": "healthy"})

@@ -85,13 +85,16 @@ class Metrics:
         self._prompt_tokens.inc(prompt_tokens)
         self._prompt_length.observe(prompt_tokens)
 
-    def first_token(self, seconds: float) -> None:
+    def token(self) -> None:
         self._generated.inc()
+
+    def first_token(self, seconds: float) -> None:
+        """Of a request."""
         self._ttft.observe(seconds)
         self._recent_ttft.append(seconds)
 
     def next_token(self, seconds: float) -> None:
-        self._generated.inc()
+        """Of a choice."""
         self._tpot.observe(seconds)
         self._recent_tbt.append(seconds)
 

@@ -28,7 +28,7 @@ from endpoint.reasoning import (
 )
 from endpoint.token_count import CountRequest, count_tokens
 from endpoint.tokenizer import TokenizerPool
-from endpoint.validation import check_token_count, show
+from endpoint.validation import check_prompt_logprobs, check_token_count, show
 from engine.errors import (
     GenerationRefused,
     InvalidRequest,
@@ -127,6 +127,8 @@ class GenerationService:
                 if request.reasoning:
                     encoded = [self._open_reasoning(request, ids) for ids in encoded]
                 prompts = [self._fit(ids, request.keep_last) for ids in encoded]
+                if request.sampling.prompt_logprobs >= 0:
+                    check_prompt_logprobs(sum(map(len, prompts)), request.sampling.prompt_logprobs)
                 request = await self._with_tried_grammar(request)
                 ticket.flight = await self._submit(request, prompts, ticket.arrival)
                 log.debug("request %s is %s in the engine", request_id, ticket.flight)

@@ -96,7 +96,9 @@ def _render(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
 def _warm_up() -> None:
     """Import what jinja2 and its literals and filters import when first used: later no file can be opened."""
     environment = make_environment()
-    environment.from_string(r"{{ 'a\n' | wordwrap(1) | pprint | urlize }}{{ lipsum(n=1) }}").render()
+    environment.from_string(
+        r"{{ 'a\n' | wordwrap(1) | pprint | urlize | striptags }}{{ lipsum(n=1) }}"
+    ).render()
     with contextlib.suppress(jinja2.UndefinedError):
         environment.from_string("{{ a.b }}").render()
 

@@ -18,6 +18,7 @@ from engine.errors import GenerationRefused, InvalidRequest
 MAX_INT32 = 2**31 - 1
 MAX_PROMPT_TOKENS = 1_048_576
 MAX_PROMPT_UNITS = 4_194_304  # UTF-16 code units of one prompt
+MAX_PROMPT_LOGPROBS = 100_000  # of all prompts of a request: a tenth of a second of writing
 MAX_STOP_UNITS = 32_768  # of one stop string sent alone, and of a whole list
 MAX_STOP_ITEM_UNITS = 1_024
 _MAX_STOP_IDS = 1_024
@@ -124,9 +125,9 @@ class Fields:
             return value
         raise self.error(name, "true or false")
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.boolean(name)
-        return default if value is None else value
+    def flag(self, name: str) -> bool:
+        """False when it is not there."""
+        return self.boolean(name) is True
 
     def integer(self, name: str, legal: Range) -> int | None:
         value = self.body.get(name)
@@ -172,13 +173,6 @@ class Fields:
         if value is None or isinstance(value, list):
             return value
         raise self.error(name, "an array")
-
-
-def refuse_unsupported(fields: Fields, asked: Mapping[str, bool]) -> None:
-    """Refuse the first field whose legal value asks for what this build cannot do."""
-    for name, wanted in asked.items():
-        if wanted:
-            raise fields.unsupported(name)
 
 
 def stop_strings(
@@ -257,6 +251,20 @@ def check_token_count(count: int) -> None:
     if count > MAX_PROMPT_TOKENS:
         raise InvalidRequest(
             f"the prompt has {count} tokens, but must have at most {MAX_PROMPT_TOKENS}; shorten it"
+        )
+
+
+def check_prompt_logprobs(num_tokens: int, num_others: int) -> None:
+    """Refuse probabilities of prompts that together are too many. Raises GenerationRefused.
+
+    `num_tokens`: of all prompts; `num_others`: most likely tokens told beside each.
+    """
+    count = num_tokens * (num_others + 1)
+    if count > MAX_PROMPT_LOGPROBS:
+        raise GenerationRefused(
+            f"`prompt_logprobs` (or `logprobs` with `echo`) asks for {count} probabilities: {num_others} + 1 "
+            f"for each of {num_tokens} prompt tokens; allowed: at most {MAX_PROMPT_LOGPROBS} in a request; "
+            "lower it, or send fewer prompts at once"
         )
 
 

@@ -52,8 +52,8 @@ class EngineLinks:
 class EngineCore:
     """Drives one scheduler and one executor until the process ends.
 
-    `clock` is monotonic seconds. A failure in a step is not caught here: ranks may be out of step then,
-    and a process in an unknown state is worse than a dead one.
+    A failure in a step is not caught here: ranks may be out of step then, and a process in an unknown state
+    is worse than a dead one.
     """
 
     scheduler: Scheduler

@@ -13,6 +13,7 @@ from engine.plan import StepPlan
 
 NO_TOKEN = -1  # the row's logits are no numbers
 NO_CONTINUATION = -2  # the grammar of the answer has no legal token, or is too complex to tell
+NOT_YET = -3  # nothing is wrong, but what the answer may go on with is still being found out
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class SamplingParams:
         `num_eos`: how many token ids end an answer; a beam needs a reserve of candidates for each.
         """
         if self.beam_search:
-            return self.branches * (1 + num_eos + len(self.stop_token_ids))
+            return max(self.logprobs, self.branches * (1 + num_eos + len(self.stop_token_ids)))
         return self.logprobs
 
     @property

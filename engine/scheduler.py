@@ -13,7 +13,7 @@ import numpy as np
 from engine.beam import BeamSearch, Candidate, History
 from engine.block_manager import BlockManager
 from engine.errors import EngineFailed, GenerationRefused, GrammarFailed, ServerError
-from engine.executor import NO_CONTINUATION, PromptScores, Sampled
+from engine.executor import NO_CONTINUATION, NOT_YET, PromptScores, Sampled
 from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan, build_plan
 from engine.sequence import GroupStatus, Sequence, SequenceGroup
@@ -109,13 +109,18 @@ class Scheduler:
         waits = {
             group.request_id: int((self._step_started - group.enqueued) * 1e6) for group in self._step_groups
         }
+        for request_id in sampled.prompts:
+            for seq in self._by_id[request_id].sequences:
+                seq.prompt_told = True
         for seq in plan.sequences:
             seq.num_computed = seq.num_tokens
         beams: dict[int, list[int]] = {}  # request -> its samples
         tokens = sampled.tokens.tolist()
         for index, seq in enumerate(plan.samples):
             group = self._by_id[seq.request_id]
-            if group.beam_search is not None and tokens[index] >= 0:
+            if tokens[index] == NOT_YET:
+                self._hold_back(group, seq)
+            elif group.beam_search is not None and tokens[index] >= 0:
                 beams.setdefault(seq.request_id, []).append(index)
             else:
                 outcomes.append(self._commit_sample(group, seq, sampled, index, waits[seq.request_id]))
@@ -137,13 +142,19 @@ class Scheduler:
             return Outcome(seq.request_id, seq.branch, -1, FinishCode.ERROR, error, wait_us)
         if not seq.block_table:  # a branch that starts from the prompt of branch 0
             self.blocks.share(group.sequences[0], seq)
-            seq.num_computed = group.sequences[0].num_computed
+            seq.num_computed = seq.num_tokens
         seq.append(token)
         finish = self._finish_code(group, seq, token)
         # not released yet: its blocks may be what the next branch starts from
         seq.ended = finish is not FinishCode.NONE
         logprob, top = _logprobs(sampled, index, group.params.logprobs)
         return Outcome(seq.request_id, seq.branch, token, finish, None, wait_us, logprob, top)
+
+    def _hold_back(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Leave a sample as it was; its newest token is computed again by the next step."""
+        if not seq.block_table:
+            self.blocks.share(group.sequences[0], seq)
+        seq.num_computed = seq.num_tokens - 1
 
     def _commit_beams(
         self, plan: StepPlan, sampled: Sampled, indices: list[int], group: SequenceGroup, wait_us: int
@@ -216,7 +227,7 @@ class Scheduler:
         sample_rows: list[int] = []
         for group in groups:
             live = group.live
-            if group.has_output:
+            if group.has_output or kind is StepKind.DECODE:  # without output, it was held back
                 sample_rows.extend(range(len(rows), len(rows) + len(live)))
                 rows.extend(live)
             else:  # all branches draw from the one prompt

@@ -26,7 +26,7 @@ class Sequence:
 
     __slots__ = (
         "block_table", "branch", "cumulative_logprob", "ended", "num_computed", "num_prompt", "num_tokens",
-        "params", "progress", "request_id", "seed", "tokens",
+        "params", "progress", "prompt_told", "request_id", "seed", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +47,7 @@ class Sequence:
         self.cumulative_logprob = 0.0  # of the output; kept for beams only
         self.ended = False
         self.progress: object = None  # the sampler's: how far it has come in its grammar
+        self.prompt_told = False  # what the model thinks of the prompt is out already
 
     @property
     def num_output(self) -> int:
@@ -59,6 +60,11 @@ class Sequence:
     @property
     def output_ids(self) -> TokenArray:
         return self.tokens[self.num_prompt : self.num_tokens]
+
+    @property
+    def owes_prompt_scores(self) -> bool:
+        """Whether its next prefill is to tell what the model thinks of the prompt: once in a request."""
+        return self.params.prompt_logprobs >= 0 and not self.prompt_told and self.num_prompt > 1
 
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token

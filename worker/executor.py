@@ -31,6 +31,7 @@ class LeaderExecutor:
 
     def run(self, plan: StepPlan) -> Sampled:
         start = time.perf_counter()
+        self.sampler.expect(plan.samples)
         prompts = PromptLogprobs.of(plan)
         logits = self.runner.forward(plan, prompts)
         computed = time.perf_counter()

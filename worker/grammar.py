@@ -2,154 +2,134 @@
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
-from engine.grammar_limits import PARSER_LIMITS, vocabulary_shape
-from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
-from engine.tokenizer_files import load_tokenizer
-
-log = logging.getLogger("llm.grammar")
+from worker.masks.client import MaskClient, State, Trail
 
 Bits = NDArray[np.bool_]
 
-_CACHE_BYTES = 64 << 20
-_COMPILED_PER_BYTE = 100  # measured on schemas of 20 to 60 kB: at most so many bytes per byte of grammar
-_COMPILED_LEAST = 256 << 10
+_PATIENCE_S = 0.05  # of a step with masks that are not there yet; then it goes on without their rows
 
 
 class NoContinuation(Exception):
     """Nothing may follow, or finding out what may takes more than a request's share."""
 
 
+class NotYet(Exception):
+    """It is still being found out what may follow."""
+
+
 @dataclass(slots=True)
 class Progress:
     """How far one sequence has come in its reasoning and its grammar; kept with the sequence."""
 
-    matcher: LLMatcher | None  # None: no grammar
     answering: bool  # the reasoning is over, or there is none
+    trail: Trail | None = None  # through its grammar
+    start: int = 0  # output tokens before the grammar begins
     seen: int = 0  # output tokens taken in
     ended: bool = False  # an EOS has been taken in
 
 
 @dataclass(slots=True)
 class GrammarBook:
-    """The vocabulary, the grammars compiled against it, and the progress of every sequence that has one.
+    """What may come next in every sequence that has a grammar or a thinking budget."""
 
-    `make_vocabulary` runs beside everything else: for 150,000 tokens it takes a second.
-    """
-
-    make_vocabulary: Callable[[], LLTokenizer]
-    vocab_size: int  # of the model; ids beyond the tokenizer's are never legal
-    eos: Seq[int]
-    cache_bytes: int = _CACHE_BYTES
-    _vocabulary: Future[LLTokenizer] = field(init=False)
-    _compiled: OrderedDict[str, LLMatcher] = field(init=False, default_factory=OrderedDict)
-    _size: int = field(init=False, default=0)
+    masks: MaskClient
+    vocab_size: int = field(init=False)
+    eos: Seq[int] = field(init=False)
     _ends: Bits = field(init=False)
-    _words: NDArray[np.int32] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._vocabulary = ThreadPoolExecutor(1, thread_name_prefix="vocabulary").submit(self.make_vocabulary)
+        self.vocab_size, self.eos = self.masks.vocabulary.size, self.masks.vocabulary.eos
         self._ends = np.zeros(self.vocab_size, np.bool_)
         self._ends[[token for token in self.eos if token < self.vocab_size]] = True
-        self._words = np.empty(0, np.int32)
+
+    def expect(self, sequences: Iterable[Sequence]) -> None:
+        """Have the masks of a step computed, beside whatever else it does before it needs them."""
+        if any([self._expect(sequence) for sequence in sequences if sequence.params.grammar]):
+            self.masks.push()
+
+    def collect(self, sequences: Seq[Sequence], *, alone: bool) -> None:
+        """Wait for the masks of a step, but not for long. `alone`: nobody else is in this step."""
+        self.expect(sequences)
+        trails = [trail for trail in map(_trail_of, sequences) if trail is not None]
+        self.masks.wait((), 0.0)
+        missing = [trail for trail in trails if trail.state is State.ASKED]
+        if not missing:
+            return
+        if not (alone and len(missing) == len(sequences)):
+            # for one that was too late before nobody waits any more
+            missing = [trail for trail in missing if not trail.late]
+        self.masks.wait(missing, _PATIENCE_S)
+        for trail in missing:
+            trail.late = trail.state is State.ASKED
 
     def legal(self, sequence: Sequence) -> Bits | int | None:
         """What may come next: a mask over the vocabulary (not to be kept), the one forced token, or anything.
 
-        Raises NoContinuation.
+        Raises NoContinuation, NotYet.
         """
         params = sequence.params
-        progress = sequence.progress
-        if not isinstance(progress, Progress):
-            progress = sequence.progress = self._begin(params)
-        self._take_in(progress, sequence)
+        progress = self._progress(sequence)
         if not progress.answering:
             over = sequence.num_output - params.thinking_budget
             if params.thinking_budget and over >= 0:
                 # by position alone: it is over before these are
                 return params.reasoning_end[over]
             # whoever asks for a format wants an answer after the reasoning
-            return None if progress.matcher is None else ~self._ends
-        if progress.matcher is None:
+            return ~self._ends if params.grammar else None
+        if not params.grammar:
             return None
-        if progress.ended:
-            return self._ends
-        return self._mask(progress.matcher)
+        return self._ends if progress.ended else self._mask(progress.trail)
 
-    def _begin(self, params: SamplingParams) -> Progress:
-        matcher = self._compile(params.grammar).deep_copy() if params.grammar else None
-        return Progress(matcher, answering=not params.reasoning_end)
+    def _expect(self, sequence: Sequence) -> bool:
+        """Whether there is something to be sent."""
+        progress = self._progress(sequence)
+        if progress.trail is None:
+            # reasoning or not, its grammar can be compiled meanwhile
+            progress.trail = self.masks.begin(sequence.params.grammar)
+        if progress.trail is None or progress.ended:
+            return False
+        if progress.answering:
+            self.masks.ask(progress.trail, sequence.output_ids[progress.start :])
+        return True
+
+    def _progress(self, sequence: Sequence) -> Progress:
+        progress = sequence.progress
+        if not isinstance(progress, Progress):
+            progress = sequence.progress = Progress(answering=not sequence.params.reasoning_end)
+        self._take_in(progress, sequence)
+        return progress
 
     def _take_in(self, progress: Progress, sequence: Sequence) -> None:
         output = sequence.output_ids
         end = sequence.params.reasoning_end
         while progress.seen < len(output):
             progress.seen += 1
-            token = int(output[progress.seen - 1])
             if not progress.answering:
                 newest = output[max(0, progress.seen - len(end)) : progress.seen]
                 progress.answering = newest.tolist() == list(end)
-            elif token in self.eos:
+                progress.start = progress.seen
+            elif int(output[progress.seen - 1]) in self.eos:
                 progress.ended = True
-            elif progress.matcher is not None and not progress.ended:
-                progress.matcher.consume_token(token)
 
-    def _mask(self, matcher: LLMatcher) -> Bits:
-        words = self._words
-        # written in place: a fresh buffer for each mask would be page-faulted in
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if matcher.is_error():
+    def _mask(self, trail: Trail | None) -> Bits:
+        if trail is None or trail.state in (State.IDLE, State.ASKED):
+            raise NotYet
+        if trail.state is State.REFUSED:
             raise NoContinuation
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=self.vocab_size)
+        bits = np.unpackbits(self.masks.mask(trail), bitorder="little", count=self.vocab_size)
         if not bits.any():
             raise NoContinuation
         return bits.view(np.bool_)
 
-    def _compile(self, grammar: str) -> LLMatcher:
-        found = self._compiled.get(grammar)
-        if found is not None:
-            self._compiled.move_to_end(grammar)
-            return found
-        try:
-            vocabulary = self._vocabulary.result()
-        except Exception as error:  # of a native library; the endpoint has loaded the same files
-            log.exception("the tokenizer cannot be used with grammars")
-            raise NoContinuation from error
-        if not len(self._words):
-            self._words = np.zeros(-(-vocabulary.vocab_size // 32), np.int32)
-        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(**PARSER_LIMITS))
-        self._compiled[grammar] = matcher
-        self._size += _weight(grammar)
-        while self._size > self.cache_bytes and len(self._compiled) > 1:
-            self._size -= _weight(self._compiled.popitem(last=False)[0])
-        return matcher
 
-
-def _weight(grammar: str) -> int:
-    """Bytes a compiled grammar may take, which the library does not tell."""
-    return max(_COMPILED_LEAST, len(grammar) * _COMPILED_PER_BYTE)
-
-
-def read_vocabulary(
-    model_dir: Path, trust_remote_code: bool, vocab_size: int, eos: Seq[int]
-) -> Callable[[], LLTokenizer]:
-    """What makes the vocabulary of a model directory."""
-
-    def make() -> LLTokenizer:
-        tokenizer = load_tokenizer(model_dir, trust_remote_code)
-        size, ends = vocabulary_shape(vocab_size, tokenizer.get_vocab_size(with_added_tokens=True), eos)
-        return LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=ends)
-
-    return make
+def _trail_of(sequence: Sequence) -> Trail | None:
+    progress = sequence.progress
+    return progress.trail if isinstance(progress, Progress) else None

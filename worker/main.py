@@ -13,12 +13,16 @@ from engine.scheduler import Scheduler
 from engine.wire.messages import EngineReady, Progress, Ready
 from worker.context import WorkerContext
 from worker.executor import LeaderExecutor
-from worker.grammar import GrammarBook, read_vocabulary
+from worker.grammar import GrammarBook
 from worker.links import open_links
+from worker.masks.client import MaskClient
+from worker.masks.keeper import Vocabulary
 from worker.runner import ModelRunner
 from worker.sampler import Sampler
 
 log = logging.getLogger("llm.worker")
+
+_LEAST_SLOTS = 1024  # answers with a grammar, those that have been preempted included
 
 
 def run_worker(given: WorkerContext) -> NoReturn:
@@ -31,13 +35,10 @@ def run_worker(given: WorkerContext) -> NoReturn:
     start = time.monotonic()
     runner = ModelRunner(given.model, given.schedule, given.device, progress, num_workers=given.num_workers)
     runner.load()
-    grammars = GrammarBook(
-        read_vocabulary(
-            given.model.weight_path, given.model.trust_remote_code, runner.vocab_size, runner.eos_token_ids
-        ),
-        runner.vocab_size,
-        runner.eos_token_ids,
+    vocabulary = Vocabulary(
+        given.model.weight_path, given.model.trust_remote_code, runner.vocab_size, runner.eos_token_ids
     )
+    grammars = GrammarBook(MaskClient(vocabulary, slots=max(_LEAST_SLOTS, 4 * given.schedule.max_batch_size)))
     num_blocks = runner.size_kv_cache()
     runner.allocate(num_blocks)
     runner.warm_up()

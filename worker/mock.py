@@ -54,7 +54,9 @@ class EchoExecutor:
     def run(self, plan: StepPlan) -> Sampled:
         echoes = (seq.tokens[seq.num_output % seq.num_prompt] for seq in plan.samples)
         tokens = np.fromiter(echoes, np.int32, len(plan.samples))
-        prompts = {seq.request_id: self._prompt_scores(seq) for seq in plan.sequences if _owes(seq)}
+        prompts = {
+            seq.request_id: self._prompt_scores(seq) for seq in plan.sequences if seq.owes_prompt_scores
+        }
         most = max(seq.params.num_top(self.num_eos) for seq in plan.samples)
         if most < 0:
             return Sampled(tokens, prompts=prompts)
@@ -76,11 +78,6 @@ class EchoExecutor:
         tokens = seq.prompt_ids[1:]
         others = self._others(tokens, seq.params.prompt_logprobs)
         return PromptScores(tokens, np.zeros(len(tokens), np.float32), np.ones_like(tokens), *others)
-
-
-def _owes(seq: Sequence) -> bool:
-    """Whether the request still waits for what the model thinks of its prompt."""
-    return seq.params.prompt_logprobs >= 0 and not seq.num_output and seq.num_prompt > 1
 
 
 def run_mock_worker(given: WorkerContext) -> NoReturn:
@@ -131,8 +128,7 @@ def read_vocabulary(folder: Path) -> tuple[int, tuple[int, ...]]:
     if (folder / "config.json").exists():
         config = ConfigValues.read(folder / "config.json")
         eos = eos_token_ids(folder, config)
-        found = config.raw("vocab_size") or config.raw("padded_vocab_size")
-        size = found if type(found) is int else 0
+        size = config.optional_positive("vocab_size") or config.optional_positive("padded_vocab_size") or 0
     if not size and (folder / "tokenizer.json").exists():
         size = _tokenizer_size(folder / "tokenizer.json")
     return size or _BYTES, eos

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.executor import PromptScores
 from engine.plan import StepKind, StepPlan
-from engine.sequence import Sequence
 
 # Logits of a whole prompt would take gigabytes. Fewer than any platform's `wide_rows`, so that they are
 # computed like those of a decode step.
@@ -26,14 +27,14 @@ class PromptLogprobs:
     @staticmethod
     def of(plan: StepPlan) -> PromptLogprobs | None:
         """None when the step owes nobody any."""
-        if plan.kind is StepKind.DECODE or not any(map(_owes, plan.sequences)):
+        if plan.kind is StepKind.DECODE or not any(seq.owes_prompt_scores for seq in plan.sequences):
             return None
         return PromptLogprobs()
 
     def add(self, piece: StepPlan, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
         """hidden: [T, hidden], one row per query token of `piece`; `logits` makes [n, vocab] of n of them."""
         for row, seq in enumerate(piece.sequences):
-            if not _owes(seq):
+            if not seq.owes_prompt_scores:
                 continue
             start, end = int(piece.query_start[row]), int(piece.query_start[row + 1])
             before = seq.num_tokens - (end - start)  # tokens of the prompt in the cache already
@@ -51,12 +52,7 @@ class PromptLogprobs:
             self.scores[seq.request_id] = PromptScores(*map(np.concatenate, zip(*pieces, strict=True)))
 
 
-def _owes(seq: Sequence) -> bool:
-    """Once: what was preempted has output when it is computed again."""
-    return seq.params.prompt_logprobs >= 0 and not seq.num_output and seq.num_prompt > 1
-
-
-def _score(logits: Tensor, actual: Tensor, num_others: int) -> tuple[np.ndarray, ...]:
+def _score(logits: Tensor, actual: Tensor, num_others: int) -> tuple[NDArray[Any], ...]:
     """logits: [n, vocab]; actual: [n] -> the members of PromptScores."""
     values = logits.float()
     normaliser = values.logsumexp(dim=-1, keepdim=True)

@@ -75,7 +75,8 @@ class ModelRunner:
             max_seq_len=self.max_seq_len,
             max_input_len=min(self._schedule.max_input_len, self.max_seq_len - 1),
         )
-        self.eos_token_ids = eos_token_ids(folder, raw)
+        # an id beyond the vocabulary, which some models declare, ends nothing and masks nothing
+        self.eos_token_ids = tuple(token for token in eos_token_ids(folder, raw) if token < self.vocab_size)
         self.dtype = dtype
         self.weight_bytes = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         self._kv_spec = KvSpec(

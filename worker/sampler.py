@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.executor import NO_CONTINUATION, NO_TOKEN
+from engine.executor import NO_CONTINUATION, NO_TOKEN, NOT_YET
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
-from worker.grammar import Bits, GrammarBook, NoContinuation
+from worker.grammar import Bits, GrammarBook, NoContinuation, NotYet
 
 Floats = NDArray[np.float32]
 
@@ -34,10 +34,18 @@ class Sampler:
         self._eos = list(eos_token_ids)
         self._scratch: Floats = np.empty((0, vocab_size), np.float32)
 
+    def expect(self, sequences: Seq[Sequence]) -> None:
+        """Say what will be sampled next, so that masks are computed while the model runs."""
+        bound = [sequence for sequence in sequences if _needs_mask(sequence)]
+        if bound:
+            assert self._grammars is not None
+            self._grammars.expect(bound)
+
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> NDArray[np.int32]:
         """logits: [R, vocab], not modified; row r belongs to sequences[r] -> the next token of each, [R].
 
-        A row whose logits hold NaN or +Inf gets NO_TOKEN, one whose grammar cannot go on NO_CONTINUATION.
+        A row whose logits hold NaN or +Inf gets NO_TOKEN, one whose grammar cannot go on NO_CONTINUATION, and
+        one whose grammar does not know yet NOT_YET: it has to be asked for again.
         """
         best, first_best = logits.max(dim=-1)  # 4x faster than argmax, and the first of equals like it
         tokens: NDArray[np.int32] = first_best.to("cpu", torch.int32).numpy()
@@ -52,6 +60,10 @@ class Sampler:
         ]
         if rows:
             own = [sequences[row] for row in rows]
+            bound = [sequence for sequence in own if _needs_mask(sequence)]
+            if bound:
+                assert self._grammars is not None
+                self._grammars.collect(bound, alone=len(bound) == len(sequences))
             uniforms = uniform(
                 np.array([sequence.seed for sequence in own], np.uint64),
                 np.array([sequence.num_output for sequence in own], np.uint64),
@@ -80,6 +92,8 @@ class Sampler:
                 allowed = self._grammars.legal(sequence)
             except NoContinuation:
                 return NO_CONTINUATION
+            except NotYet:
+                return NOT_YET
             if isinstance(allowed, int):
                 return allowed
             legal = allowed
@@ -87,6 +101,10 @@ class Sampler:
         if legal is not None:
             restrict(logits, legal)
         return int(logits.argmax()) if params.greedy else draw(logits, params, u)
+
+
+def _needs_mask(sequence: Sequence) -> bool:
+    return bool(sequence.params.grammar) and not sequence.params.beam_search
 
 
 def steer(logits: Floats, sequence: Sequence, eos: Seq[int]) -> None:

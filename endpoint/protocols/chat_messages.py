@@ -29,10 +29,9 @@ def chat_messages(fields: Fields) -> list[Message]:
     value = fields.array("messages")
     if not value:
         raise fields.error("messages", "a non-empty array of messages", "send at least one message")
-    messages = [_message(item, f"messages[{i}]") for i, item in enumerate(objects(value, "messages"))]
-    if is_larger(messages, MAX_PROMPT_UNITS):
+    if is_larger(value, MAX_PROMPT_UNITS):  # before anything is done with each of them
         raise InvalidRequest(f"`messages` are longer than {MAX_PROMPT_UNITS} characters in all; shorten them")
-    return messages
+    return [_message(item, f"messages[{i}]") for i, item in enumerate(objects(value, "messages"))]
 
 
 def _message(item: Mapping[str, Any], where: str) -> Message:

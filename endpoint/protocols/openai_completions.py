@@ -24,14 +24,15 @@ from endpoint.protocols.completion_prompt import read_prompt
 from endpoint.protocols.openai_fields import COMMON, read_openai
 from endpoint.protocols.openai_members import MODEL
 from endpoint.protocols.openai_reply import FINISH, OpenAIReply, prompt_logprobs
-from endpoint.validation import Fields, Range, refuse_unsupported
+from endpoint.validation import Fields, Range
 
 
 def _check_suffix(fields: Fields) -> None:
     suffix = fields.raw("suffix")
     if suffix is not None and not isinstance(suffix, str):
         raise fields.error("suffix", "a string")
-    refuse_unsupported(fields, {"suffix": bool(suffix)})
+    if suffix:
+        raise fields.unsupported("suffix")
 
 
 _PROMPT = Special(

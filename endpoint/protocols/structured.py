@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from endpoint.declarations import Json, Special
+from endpoint.json_body import MIN_DEPTH_LIMIT, parse_body
 from endpoint.protocols.schema_rules import check_schema, with_closed_objects
-from endpoint.validation import Fields
+from endpoint.validation import Fields, is_larger
 from engine.errors import InvalidRequest
 from engine.grammar_limits import MAX_GRAMMAR_BYTES
 
 _MAX_NAME = 64
+_SCHEMA_WANTED = f"a JSON Schema: an object, or the JSON text of one, at most {MIN_DEPTH_LIMIT} levels deep"
 _GBNF_RULE = re.compile(r"^[ \t]*[A-Za-z0-9_-]+[ \t]*::=", re.MULTILINE)
 
 
@@ -49,11 +51,14 @@ def read_grammar(fields: Fields, forms: Sequence[_Form]) -> Grammar:
 
 
 def _check_size(fields: Fields, name: str) -> None:
-    size = len(json.dumps(fields.raw(name), ensure_ascii=False).encode())
-    if size > MAX_GRAMMAR_BYTES:
+    value = fields.raw(name)
+    # the first look ends early: to write all of it down would take as long as a big body is big
+    if (
+        is_larger(value, MAX_GRAMMAR_BYTES)
+        or len(json.dumps(value, ensure_ascii=False).encode()) > MAX_GRAMMAR_BYTES
+    ):
         raise InvalidRequest(
-            f"`{fields.path(name)}` has {size} bytes as JSON, but must have at most {MAX_GRAMMAR_BYTES}; "
-            "shorten it"
+            f"`{fields.path(name)}` must have at most {MAX_GRAMMAR_BYTES} bytes as JSON; shorten it"
         )
 
 
@@ -94,15 +99,12 @@ def _json(fields: Fields, name: str) -> Grammar:
     value = fields.raw(name)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise fields.error(name, "a JSON Schema: an object, or the JSON text of one") from None
+            value = parse_body(value.encode(), MIN_DEPTH_LIMIT)  # it may be as hostile as a body
+        except InvalidRequest:
+            raise fields.error(name, _SCHEMA_WANTED) from None
     if not isinstance(value, Mapping):
-        raise fields.error(name, "a JSON Schema: an object, or the JSON text of one")
-    try:
-        return Grammar(_of_schema(Fields(value, f"{fields.path(name)}.")), fields.path(name))
-    except RecursionError:  # the text's nesting has not been measured with the body's
-        raise fields.error(name, "nested less deeply", "flatten it") from None
+        raise fields.error(name, _SCHEMA_WANTED)
+    return Grammar(_of_schema(Fields(value, f"{fields.path(name)}.")), fields.path(name))
 
 
 def _json_object(fields: Fields, name: str) -> Grammar:

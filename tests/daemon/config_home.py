@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import os
+import pathlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -65,8 +66,12 @@ def deny(monkeypatch: pytest.MonkeyPatch, directory: Path, error: type[OSError] 
 
         return call
 
-    monkeypatch.setattr(os, "stat", guarded(stat))
-    monkeypatch.setattr(os, "lstat", guarded(lstat))
+    accessor = getattr(pathlib, "_NormalAccessor", None)  # Python 3.10's Path has its own way to them
+    for owner in filter(None, (os, accessor)):
+        for name, real in (("stat", stat), ("lstat", lstat)):
+            if hasattr(owner, name):
+                call = guarded(real)
+                monkeypatch.setattr(owner, name, staticmethod(call) if owner is accessor else call)
 
 
 class Home:

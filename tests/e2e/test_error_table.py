@@ -353,6 +353,33 @@ def test_424_no_cache_for_so_many_choices(cramped: Daemon, endpoint: Endpoint) -
     assert_served(cramped, endpoint)
 
 
+# -- the trial inference -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/health/timed", "/health/timed-1", "/health/timed-600"])
+def test_a_trial_inference_tells_health(server: Daemon, path: str) -> None:
+    answer = server.manage(path)
+    assert answer.status == 200 and answer.json() == {"status": "healthy"}
+    assert server.get(path).status == 404
+
+
+def test_a_trial_is_not_ready_while_loading(loading: Daemon) -> None:
+    assert_error(loading.get("/health/timed"), 503, "Service Unavailable", "loading")
+    assert loading.get("/v1/engine-server/running-status").json() == {"status": 4, "errors": []}
+
+
+def test_a_trial_fails_when_the_engine_makes_no_token(server: Daemon) -> None:
+    worker = server.child("worker")
+    worker.send_signal(signal.SIGSTOP)
+    try:
+        answer = server.manage("/health/timed-1")
+    finally:
+        worker.send_signal(signal.SIGCONT)
+    assert_error(answer, 500, "Incomplete Generation", "Engine callback timeout", "1 s")
+    assert server.manage("/health/timed-10").status == 200
+    assert server.manage("/v1/engine-server/running-status").json() == {"status": 1, "errors": []}
+
+
 # -- 500, 503 ------------------------------------------------------------------------------------------
 
 
@@ -365,25 +392,6 @@ def test_500_timeout(hurried: Daemon, endpoint: Endpoint) -> None:
     else:
         assert_error(answer, 500, "Incomplete Generation", "Engine callback timeout", "e2eTimeout")
     assert_served(hurried, endpoint)
-
-
-@pytest.fixture(scope="module")
-def full(installation: Installation) -> Iterator[Daemon]:
-    """One request runs, two wait, and there is no room for more."""
-    daemon = installation.daemon(merge(ENDLESS, {"ServerConfig": {"maxLinkNum": 1}})).start().wait_ready()
-    with contextlib.ExitStack() as stack:
-        for _ in range(3):
-            stack.enter_context(asked(daemon, ENDPOINTS["completions"], max_tokens=LONG))
-        eventually(lambda: ENDPOINTS["infer"].ask(daemon, max_tokens=1).status == 503, 30.0, "a full server")
-        yield daemon
-    assert daemon.stop() == 0, daemon.stderr
-
-
-@every_endpoint
-def test_503_full(full: Daemon, endpoint: Endpoint) -> None:
-    answer = endpoint.ask(full, max_tokens=1)
-    assert_error(answer, 503, "Service Unavailable", "maxLinkNum")
-    assert int(answer.headers["retry-after"]) >= 1
 
 
 @pytest.fixture(scope="module")
@@ -442,32 +450,29 @@ def test_503_not_ready(loading: Daemon, endpoint: Endpoint) -> None:
     assert int(answer.headers["retry-after"]) >= 1
 
 
-# -- the trial inference -------------------------------------------------------------------------------
+# -- a full server ------------------------------------------------------------------------------------
+# Last, because its daemon computes for as long as this module runs.
 
 
-@pytest.mark.parametrize("path", ["/health/timed", "/health/timed-1", "/health/timed-600"])
-def test_a_trial_inference_tells_health(server: Daemon, path: str) -> None:
-    answer = server.manage(path)
-    assert answer.status == 200 and answer.json() == {"status": "healthy"}
-    assert server.get(path).status == 404
+@pytest.fixture(scope="module")
+def full(installation: Installation) -> Iterator[Daemon]:
+    """One request runs, two wait, and there is no room for more."""
+    daemon = installation.daemon(merge(ENDLESS, {"ServerConfig": {"maxLinkNum": 1}})).start().wait_ready()
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(asked(daemon, ENDPOINTS["completions"], max_tokens=LONG))
+        eventually(lambda: ENDPOINTS["infer"].ask(daemon, max_tokens=1).status == 503, 30.0, "a full server")
+        yield daemon
+    assert daemon.stop() == 0, daemon.stderr
 
 
-def test_a_trial_is_not_ready_while_loading(loading: Daemon) -> None:
-    assert loading.get("/health/timed").status == 503
-    assert loading.get("/v1/engine-server/running-status").json() == {"status": 4, "errors": []}
-
-
-def test_a_trial_fails_when_the_engine_makes_no_token(server: Daemon) -> None:
-    worker = server.child("worker")
-    worker.send_signal(signal.SIGSTOP)
-    try:
-        answer = server.manage("/health/timed-1")
-    finally:
-        worker.send_signal(signal.SIGCONT)
-    assert_error(answer, 500, "Incomplete Generation", "Engine callback timeout", "1 s")
-    assert server.manage("/health/timed-10").status == 200
-    assert server.manage("/v1/engine-server/running-status").json() == {"status": 1, "errors": []}
+@every_endpoint
+def test_503_full(full: Daemon, endpoint: Endpoint) -> None:
+    answer = endpoint.ask(full, max_tokens=1)
+    assert_error(answer, 503, "Service Unavailable", "maxLinkNum")
+    assert int(answer.headers["retry-after"]) >= 1
 
 
 def test_a_busy_engine_is_healthy(full: Daemon) -> None:
+    eventually(lambda: busy(full), 30.0, "the first of them runs")
     assert full.manage("/health/timed-1").json() == {"status": "healthy"}

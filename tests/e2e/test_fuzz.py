@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import TINY_MODEL, Daemon, Installation, merge, model_config
+from tests.harness import TINY_MODEL, Daemon, Installation, eventually, merge, model_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 cases = importlib.import_module("fuzz_cases")
@@ -69,4 +69,5 @@ def test_nothing_is_left_of_them(mock: Daemon) -> None:
     endpoint = mock.child("endpoint")
     before = fuzz.Footprint.of(endpoint)
     fuzz.fuzz(mock.port, "chat", MOCK_CASES)
-    assert before.growth(fuzz.Footprint.of(endpoint)) == []
+    # a connection that has ended here has its end there a little later
+    eventually(lambda: not before.growth(fuzz.Footprint.of(endpoint)), 10.0, f"it is as it was: {before}")

@@ -173,6 +173,12 @@ def test_prompt_logprobs_equal_transformers(server: Daemon, reference: tuple[Any
                 assert said["logprob"] == pytest.approx(float(row[int(other)]), abs=2e-3)
 
 
+def test_more_prompt_logprobs_than_an_answer_holds_are_refused(server: Daemon) -> None:
+    prompts = [[5] * 2000] * 20
+    answer = server.post(PATH, {**PLAIN, "prompt": prompts, "prompt_logprobs": 12})
+    assert answer.status == 424 and "at most 100000" in answer.json()["error"], answer.body
+
+
 def test_prompt_logprobs_of_a_long_prompt_and_of_a_chat(server: Daemon) -> None:
     """Long enough for several records on the ring, and for a product with the vocabulary in pieces."""
     prompt = " ".join(f"word {number}" for number in range(300))

@@ -123,3 +123,27 @@ def test_a_length_ends_within_legal_json(server: Daemon) -> None:
         "choices"
     ][0]
     assert choice["finish_reason"] == "length" and choice["text"].startswith("{")
+
+
+def test_the_process_that_computes_masks_may_die(server: Daemon) -> None:
+    """In mid-answer, by somebody else's hand: nobody notices, and nothing is left of it at the end."""
+    body = {**TEXT, "response_format": {"type": "json_object"}, "seed": 5, "temperature": 1, "logprobs": 0}
+    body |= {"max_tokens": 300, "ignore_eos": True, "stream": True}
+
+    def streamed(kill: bool) -> list[str]:
+        texts = []
+        with server.streaming("/v1/completions", body) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    texts.append(json.loads(line[6:])["choices"][0]["text"])
+                    if kill and len(texts) in (5, 50):
+                        (keeper,) = server.child("worker").children()
+                        (keeper if len(texts) == 5 else keeper.children()[0]).kill()
+        return texts
+
+    whole = streamed(kill=False)
+    assert len(whole) > 60 and streamed(kill=True) == whole
+    assert streamed(kill=False) == whole
+    assert server.stderr.count("the process that computes masks") == 2
+    helpers = server.child("worker").children(recursive=True)
+    assert [helper.name()[:15] for helper in helpers] == ["mindieservice_d"] * 2

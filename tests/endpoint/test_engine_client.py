@@ -180,6 +180,25 @@ def test_a_submission_that_fails_half_way_leaves_nothing_behind(tmp_path: Path, 
     run(tmp_path, work, instances=2)
 
 
+def test_a_token_does_not_come_before_its_request_was_submitted(tmp_path: Path) -> None:
+    """The first of many prompts is answered while the last ones still wait for room on the ring."""
+
+    async def work(client: EngineClient, engines: list[Engine]) -> None:
+        (engine,) = engines
+        task = asyncio.create_task(submit(client, [[n] for n in range(4 * SLOTS)]))
+        await until(engine, lambda: bool(engine.seen))
+        engine.say(token(min(engine.seen), 0, 7))
+        while not client.last_token_at:
+            await asyncio.sleep(0.001)
+        await until(engine, task.done)
+        flight = await task
+        first = await flight.next()
+        assert first is not None and flight.submitted <= first.at <= flight.last_token
+        client.close(flight)
+
+    run(tmp_path, work)
+
+
 def test_scores_of_prompts_are_kept_with_their_part(tmp_path: Path) -> None:
     async def work(client: EngineClient, engines: list[Engine]) -> None:
         (engine,) = engines

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from endpoint.grammars import GrammarChecker, Vocabulary
 from endpoint.protocols.structured import FORMS, read_grammar
 from endpoint.validation import Fields
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, ServiceUnavailable
 from tests.harness import TINY_MODEL
 
 Json = dict[str, Any]
@@ -167,6 +167,32 @@ def test_who_hangs_up_does_not_take_the_verdict_along() -> None:
         impatient.cancel()
         assert await patient == text
         assert checker.num_trials == 1
+
+    with_checker(work)
+
+
+def test_what_nobody_waits_for_any_more_is_not_tried() -> None:
+    async def work(checker: GrammarChecker) -> None:
+        bodies = [{"guided_json": {"type": "integer", "multipleOf": 9_999_991 + i}} for i in range(40)]
+        hostile = [asyncio.create_task(checker.check(grammar(body), "f")) for body in bodies]
+        await asyncio.sleep(0)
+        for task in hostile:
+            task.cancel()
+        await asyncio.wait(hostile)
+        text = grammar(GOOD[0])
+        assert await checker.check(text, "f") == text
+        assert checker.num_trials <= 3  # at most two had begun; the others would have taken 2 s each
+
+    with_checker(work)
+
+
+def test_a_sandbox_that_cannot_start_is_no_fault_of_the_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(checker: GrammarChecker) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("endpoint.grammars.sys.executable", "/nonexistent")
+            with pytest.raises(ServiceUnavailable):
+                await checker.check(grammar(GOOD[0]), "f")
+        assert await checker.check(grammar(GOOD[0]), "f") == grammar(GOOD[0])
 
     with_checker(work)
 

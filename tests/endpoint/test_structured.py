@@ -95,6 +95,8 @@ def test_a_wrong_response_format_is_refused_by_its_field(value: Any, field: str)
         ({"guided_json": "[" * 20_000}, "guided_json"),
         ({"guided_json": '{"not":' * 900 + "{}" + "}" * 900}, "guided_json"),
         ({"guided_json": "[]"}, "guided_json"),
+        ({"guided_json": r'{"type": "\ud800"}'}, "guided_json"),
+        ({"guided_json": r'{"properties": {"\ud800": {"type": "bad"}}}'}, "guided_json"),
         ({"guided_regex": ["a"]}, "guided_regex"),
         ({"guided_regex": LONG}, "guided_regex"),
         ({"guided_choice": [1]}, "guided_choice"),

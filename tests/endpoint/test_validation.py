@@ -187,6 +187,14 @@ def test_a_text_of_more_tokens_than_any_prompt_may_have_is_refused() -> None:
         validation.check_token_count(1_048_577)
 
 
+def test_more_probabilities_of_prompts_than_an_answer_can_hold_are_refused() -> None:
+    validation.check_prompt_logprobs(100_000, 0)
+    validation.check_prompt_logprobs(4_761, 20)
+    for num_tokens, num_others in ((100_001, 0), (4_762, 20)):
+        with pytest.raises(GenerationRefused, match=r"`prompt_logprobs`.* at most 100000"):
+            validation.check_prompt_logprobs(num_tokens, num_others)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

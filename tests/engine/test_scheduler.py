@@ -10,7 +10,7 @@ import pytest
 
 from engine.block_manager import BlockManager
 from engine.errors import EngineBug, EngineFailed, GenerationRefused, GrammarFailed, ServerError
-from engine.executor import NO_CONTINUATION, NO_TOKEN, Sampled
+from engine.executor import NO_CONTINUATION, NO_TOKEN, NOT_YET, PromptScores, Sampled
 from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan
 from engine.sampling_params import SamplingParams
@@ -277,6 +277,20 @@ def test_branches_share_the_prompt_and_part_when_they_write() -> None:
     assert len(set(plan.slot_mapping.tolist())) == 3
 
 
+def test_branches_without_a_first_token_yet_compute_the_end_of_the_prompt_again() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_group(1, prompt=6, branches=2))
+    plan = scheduler.schedule(1.0)
+    assert plan is not None
+    assert [o.token for o in scheduler.commit(plan, Sampled(np.array([NOT_YET, 3], np.int32)), 1.0)] == [3]
+    plan, outcomes = run_step(scheduler, 1.0, token=4)
+    assert plan is not None and plan.kind is StepKind.DECODE
+    assert plan.input_ids.tolist() == [105, 3] and plan.positions.tolist() == [5, 6]
+    assert len(plan.copies) == 1, "the block they share is written by both"
+    assert [o.token for o in outcomes] == [4, 4]
+    scheduler.check()
+
+
 def test_one_branch_can_end_or_be_aborted_alone() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_group(1, prompt=6, branches=3))
@@ -309,6 +323,27 @@ def test_a_group_is_preempted_and_resumed_as_a_whole_sharing_its_prompt() -> Non
     assert plan.block_table[0, :2].tolist() == plan.block_table[1, :2].tolist()
     assert [o.branch for o in outcomes] == [0, 1]
     scheduler.check()
+
+
+def test_a_prompt_is_told_once_however_often_it_is_computed() -> None:
+    """Preempted before its first token, too."""
+    scheduler = make_scheduler()
+    params = SamplingParams(4, prompt_logprobs=0, branches=2)
+    scheduler.add(SequenceGroup(1, np.array([1, 2], np.int32), params))
+    one = np.ones(1, np.int32)
+    scores = PromptScores(one, np.zeros(1, np.float32), one, *(np.empty((1, 0)) for _ in range(2)))
+    told = []
+    for tokens in ([NOT_YET, NOT_YET], [NOT_YET, 5]):
+        plan = scheduler.schedule(1.0)
+        assert plan is not None and plan.kind is StepKind.PREFILL
+        prompts = {seq.request_id: scores for seq in plan.sequences if seq.owes_prompt_scores}
+        sampled = Sampled(np.array(tokens, np.int32), prompts=prompts)
+        told.append([outcome.rank for outcome in scheduler.commit(plan, sampled, 1.0)])
+        scheduler._preempt(scheduler.running.pop())
+        scheduler.check()
+    assert told == [[1], [0]]
+    plan = scheduler.schedule(1.0)
+    assert plan is not None and not any(seq.owes_prompt_scores for seq in plan.sequences)
 
 
 def test_logprobs_reach_the_outcomes_only_where_asked() -> None:
@@ -400,7 +435,10 @@ def run_random_schedule(seed: int) -> None:
                     or len({s.request_id for s in plan.samples}) == 1
                 )
             tokens = np.array(
-                [rng.choice([1, 2, 3, EOS, -1]) if rng.random() < 0.1 else 1 for _ in plan.samples],
+                [
+                    rng.choice([1, 2, 3, EOS, NO_TOKEN, NOT_YET, NOT_YET]) if rng.random() < 0.15 else 1
+                    for _ in plan.samples
+                ],
                 np.int32,
             )
             note(scheduler.commit(plan, Sampled(tokens), now))

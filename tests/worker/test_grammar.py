@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from engine.executor import NO_CONTINUATION
+from engine.executor import NO_CONTINUATION, NOT_YET
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
-from worker.grammar import GrammarBook
+from worker.grammar import GrammarBook, NotYet
+from worker.masks.client import MaskClient
+from worker.masks.keeper import Vocabulary
 from worker.sampler import Sampler
 
 WORDS = ["a", "b", "c", "ab", "bc", "abc", "aa", "1", "2", "12", '"', "{", "}", ":"]
@@ -27,20 +31,29 @@ VOCAB = TOKENIZER_SIZE + 6  # as models are padded
 PARAMS = SamplingParams(max_tokens=64, temperature=1.0)
 
 
-def tiny_vocabulary() -> LLTokenizer:
+@pytest.fixture(scope="module", autouse=True)
+def masks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MaskClient]:
+    """The processes that every book of this module asks; started with the first grammar."""
+    model = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(WORDS)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>", "<end>", "</think>"])
-    return LLTokenizer(tokenizer.to_str(), n_vocab=VOCAB, eos_token=EOS)
+    tokenizer.save(str(model / "tokenizer.json"))
+    SHARED.append(MaskClient(Vocabulary(model, False, VOCAB, EOS), slots=64))
+    yield SHARED[0]
+    SHARED.pop().close()
+
+
+SHARED: list[MaskClient] = []
 
 
 def regex(pattern: str) -> str:
     return LLMatcher.grammar_from_regex(pattern)
 
 
-def book(**options: int) -> GrammarBook:
-    return GrammarBook(tiny_vocabulary, VOCAB, EOS, **options)
+def book() -> GrammarBook:
+    return GrammarBook(SHARED[0])
 
 
 def sequence(params: SamplingParams, output: tuple[int, ...] = (), branch: int = 0) -> Sequence:
@@ -54,8 +67,16 @@ def ids(*words: str) -> tuple[int, ...]:
     return tuple(WORDS.index(word) for word in words)
 
 
+def legal(of: GrammarBook, seq: Sequence) -> object:
+    """What the book says as soon as it knows."""
+    while True:
+        of.collect([seq], alone=True)
+        with contextlib.suppress(NotYet):
+            return of.legal(seq)
+
+
 def legal_ids(of: GrammarBook, seq: Sequence) -> set[int]:
-    mask = of.legal(seq)
+    mask = legal(of, seq)
     assert isinstance(mask, np.ndarray) and mask.shape == (VOCAB,)
     return set(np.flatnonzero(mask).tolist())
 
@@ -92,9 +113,16 @@ def test_masks_are_what_brute_force_finds(pattern: str) -> None:
         states += [(*output, token) for token in goes_on]
 
 
+def sample_all(of: GrammarBook, rows: list[Sequence], logits: torch.Tensor) -> list[int]:
+    """The next token of each row, as soon as every grammar knows."""
+    sampler = Sampler(VOCAB, EOS, of)
+    while NOT_YET in (tokens := sampler.sample(logits, rows)):
+        pass
+    return [int(token) for token in tokens]
+
+
 def sample(of: GrammarBook, seq: Sequence, logits: torch.Tensor | None = None) -> int:
-    row = torch.zeros(1, VOCAB) if logits is None else logits[None]
-    return int(Sampler(VOCAB, EOS, of).sample(row, [seq])[0])
+    return sample_all(of, [seq], torch.zeros(1, VOCAB) if logits is None else logits[None])[0]
 
 
 def generated(of: GrammarBook, params: SamplingParams, branch: int = 0) -> list[int]:
@@ -164,12 +192,11 @@ def test_branches_follow_the_grammar_each_for_itself() -> None:
     params = replace(PARAMS, grammar=regex("[abc1]{6}"), seed=3)
     of = book()
     rows = [sequence(params, branch=branch) for branch in range(6)]
-    sampler = Sampler(VOCAB, EOS, of)
     for _ in range(7):
         live = [row for row in rows if not set(row.output_ids.tolist()) & set(EOS)]
         if live:
-            for row, token in zip(live, sampler.sample(torch.zeros(len(live), VOCAB), live), strict=True):
-                row.append(int(token))
+            for row, token in zip(live, sample_all(of, live, torch.zeros(len(live), VOCAB)), strict=True):
+                row.append(token)
     texts = [text_of(row.output_ids.tolist()) for row in rows]
     assert all(re.fullmatch("[abc1]{6}", text) for text in texts) and len(set(texts)) > 1
     assert [text_of(generated(book(), params, branch)) for branch in range(6)] == texts
@@ -179,7 +206,7 @@ def test_a_row_without_grammar_is_untouched_beside_one_with() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, VOCAB)
     plain, bound = sequence(replace(PARAMS, seed=7)), sequence(replace(PARAMS, grammar=regex("1")))
-    both = Sampler(VOCAB, EOS, book()).sample(logits, [plain, bound])
+    both = sample_all(book(), [plain, bound], logits)
     alone = Sampler(VOCAB, EOS).sample(logits[:1], [sequence(replace(PARAMS, seed=7))])
     assert both[0] == alone[0] and both[1] == WORDS.index("1")
 
@@ -192,26 +219,7 @@ def test_a_grammar_without_a_way_on_is_that_rows_own_end(grammar: str, output: t
         sequence(replace(PARAMS, grammar=grammar), output),
         sequence(replace(PARAMS, temperature=0.0)),
     )
-    assert Sampler(VOCAB, EOS, book()).sample(torch.zeros(2, VOCAB), [dead, well]).tolist() == [
-        NO_CONTINUATION,
-        0,
-    ]
-
-
-def test_a_tokenizer_that_cannot_be_used_ends_the_request_only() -> None:
-    def broken() -> LLTokenizer:
-        raise ValueError("unknown kind")
-
-    of = GrammarBook(broken, VOCAB, EOS)
-    assert sample(of, sequence(replace(PARAMS, grammar=regex("a")))) == NO_CONTINUATION
-
-
-def test_compiled_grammars_beyond_the_cache_are_forgotten_and_made_again() -> None:
-    of = book(cache_bytes=600 << 10)
-    for _ in range(2):
-        for pattern in ("a", "b", "c", "1"):
-            assert legal_ids(of, sequence(replace(PARAMS, grammar=regex(pattern)))) == set(ids(pattern))
-    assert len(of._compiled) == 2
+    assert sample_all(book(), [dead, well], torch.zeros(2, VOCAB)) == [NO_CONTINUATION, 0]
 
 
 # -- reasoning ------------------------------------------------------------------------------------------
@@ -253,7 +261,7 @@ def test_reasoning_that_ends_early_needs_no_force() -> None:
     params = replace(PARAMS, temperature=0.0, reasoning_end=(THINK_END,), thinking_budget=3)
     of = book()
     seq = sequence(params, (0, THINK_END, 0, 0, 0, 0))
-    assert of.legal(seq) is None and sample(of, seq) == 0
+    assert legal(of, seq) is None and sample(of, seq) == 0
 
 
 def test_json_grammars_are_json() -> None:

@@ -68,6 +68,12 @@ def test_plain_beams_and_other_rows_are_left_alone() -> None:
     assert set(sampled.beams) == {2}
 
 
+def test_a_beam_is_told_as_many_alternatives_as_it_asks_for() -> None:
+    """However few candidates its search needs."""
+    sampled = with_logprobs(logits(1), [beam(logprobs=20)], np.array([0], np.int32), EOS)
+    assert sampled.top_ids is not None and sampled.top_ids.shape == (1, 20)
+
+
 def test_more_is_not_asked_of_a_vocabulary_than_it_has() -> None:
     params = SamplingParams(16, branches=30, beam_search=True, min_tokens=1)
     seq = Sequence(1, np.array([7], np.int32), params)

@@ -142,6 +142,14 @@ def test_the_vocabulary_is_the_models(tmp_path: Path) -> None:
     assert read_vocabulary(tmp_path) == (9, (3, 4))
 
 
+@pytest.mark.parametrize("size", ["-5", "0", "1.5", '"many"', "[]"])
+@pytest.mark.parametrize("key", ["vocab_size", "padded_vocab_size"])
+def test_a_vocabulary_of_no_size_is_refused(tmp_path: Path, key: str, size: str) -> None:
+    (tmp_path / "config.json").write_text(f'{{"{key}": {size}}}')
+    with pytest.raises(StartupError, match=f"config.json: {key} must be an integer in"):
+        read_vocabulary(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {}}', '{"model": {"vocab": 1}}'])
 def test_a_broken_tokenizer_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -13,11 +14,14 @@ import torch
 
 from endpoint.protocols.structured import FORMS, read_grammar
 from endpoint.validation import Fields
+from engine.executor import NOT_YET
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.tokenizer_files import load_tokenizer
 from tests.harness import TINY_MODEL
-from worker.grammar import GrammarBook, read_vocabulary
+from worker.grammar import GrammarBook
+from worker.masks.client import MaskClient
+from worker.masks.keeper import Vocabulary
 from worker.sampler import Sampler
 
 Json = dict[str, Any]
@@ -102,13 +106,21 @@ class Schemas:
 
 
 @pytest.fixture(scope="module")
-def sampler() -> Sampler:
-    return Sampler(VOCAB, EOS, GrammarBook(read_vocabulary(TINY_MODEL, False, VOCAB, EOS), VOCAB, EOS))
+def sampler() -> Iterator[Sampler]:
+    masks = MaskClient(Vocabulary(TINY_MODEL, False, VOCAB, EOS), slots=8)
+    yield Sampler(VOCAB, EOS, GrammarBook(masks))
+    masks.close()
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return load_tokenizer(TINY_MODEL, False)
+
+
+def sample(sampler: Sampler, logits: torch.Tensor, seq: Sequence) -> int:
+    while (token := int(sampler.sample(logits, [seq])[0])) == NOT_YET:
+        pass
+    return token
 
 
 def answer(sampler: Sampler, grammar: str, seed: int) -> list[int]:
@@ -117,7 +129,7 @@ def answer(sampler: Sampler, grammar: str, seed: int) -> list[int]:
     seq = Sequence(0, np.zeros(1, np.int32), params)
     noise = torch.Generator().manual_seed(seed)
     while seq.num_output < MAX_TOKENS and not (seq.num_output and int(seq.output_ids[-1]) in EOS):
-        token = int(sampler.sample(torch.randn(1, VOCAB, generator=noise) * 3, [seq])[0])
+        token = sample(sampler, torch.randn(1, VOCAB, generator=noise) * 3, seq)
         assert token >= 0, "a way on was promised"
         seq.append(token)
     return seq.output_ids.tolist()
@@ -169,7 +181,7 @@ def test_an_answer_cut_by_length_can_be_completed(seed: int, sampler: Sampler, t
     favourites = [*EOS, *(i for i in range(VOCAB) if tokenizer.decode([i]) in ('"', "}", "]", '"}'))]
     wish[0, favourites] = 20.0
     while seq.num_output < 2000:
-        seq.append(int(sampler.sample(wish, [seq])[0]))
+        seq.append(sample(sampler, wish, seq))
         if int(seq.output_ids[-1]) in EOS:
             break
     jsonschema.validate(json.loads(tokenizer.decode(seq.output_ids.tolist())), closed(schema))

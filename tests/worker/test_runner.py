@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from worker.models.llama import LlamaForCausalLM
 from worker.platforms.base import MemoryInfo
 from worker.platforms.cpu import CpuPlatform
 from worker.runner import ModelRunner
+from worker.sampler import Sampler
 
 Checkpoint = Callable[..., tuple[Path, Any]]
 
@@ -32,6 +34,19 @@ def test_facts_about_the_model(checkpoint: Checkpoint) -> None:
     assert runner.weight_bytes == sum(p.nbytes for p in model.parameters())
     assert runner.size_kv_cache() == SCHEDULE.max_batch_size * MAX_SEQ_LEN // BLOCK_SIZE
     assert runner.block_bytes == 2 * 3 * 2 * 8 * BLOCK_SIZE * 4
+
+
+def test_an_end_beyond_the_vocabulary_is_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """min_tokens masks the ends, and would have no logit to mask."""
+    folder = shutil.copytree(checkpoint("llama")[0], tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 199, 5000]}')
+    harness = Harness(folder)
+    sequence = harness.sequence([5, 6])
+    sequence.params = replace(sequence.params, min_tokens=3)
+    logits = harness.forward(StepKind.PREFILL, [sequence])
+    sampler = Sampler(harness.runner.vocab_size, harness.runner.eos_token_ids)
+    assert sampler.sample(logits, [sequence])[0] >= 0
+    assert harness.runner.eos_token_ids == (2,)
 
 
 def test_progress_rises_to_one_in_every_phase(checkpoint: Checkpoint) -> None:

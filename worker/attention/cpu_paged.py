@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -139,7 +140,7 @@ class CpuPagedAttention:
     def _gathered(
         self,
         tokens: slice,
-        table: np.ndarray,
+        table: NDArray[np.int32],
         longest: int,
         block_size: int,
         mask: Tensor | None,
@@ -164,7 +165,7 @@ class CpuPagedAttention:
             self._k_buffer = torch.empty(size + size // 4, dtype=self._spec.dtype)
             self._v_buffer = torch.empty(size + size // 4, dtype=self._spec.dtype)
 
-    def _mask(self, unseen: np.ndarray) -> Tensor:
+    def _mask(self, unseen: NDArray[np.bool_]) -> Tensor:
         mask = torch.zeros(unseen.shape, dtype=self._spec.dtype)
         return mask.masked_fill_(torch.from_numpy(unseen), float("-inf"))
 

@@ -22,16 +22,23 @@ def set_process_name(name: str = PROCESS_NAME) -> None:
 def hide_interpreter() -> None:
     """Let ps show `./bin/mindieservice_daemon ...` without the interpreter's path in front.
 
-    Overwrites the argument area in place; forked children inherit it. Arguments of another shape
-    (python -m, a test runner) are left alone.
+    Arguments of another shape (python -m, a test runner) are left alone.
     """
     arguments = Path("/proc/self/cmdline").read_bytes()
     interpreter, _, rest = arguments.partition(b"\0")
-    if not rest.startswith(sys.argv[0].encode()) or not interpreter:
-        return
+    if rest.startswith(sys.argv[0].encode()) and interpreter:
+        _overwrite(arguments, rest)
+
+
+def show_command(command: str) -> None:
+    """Let ps show `command`, as much of it as there is room for, instead of how the process was started."""
+    _overwrite(Path("/proc/self/cmdline").read_bytes(), command.encode())
+
+
+def _overwrite(arguments: bytes, text: bytes) -> None:
+    """Write into the argument area in place; forked children inherit it. `arguments`: what it holds."""
     # fields 48 and 49 of stat, counted after the command name (which may contain anything)
     stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(stat[45]), int(stat[46])
-    if end - start != len(arguments):
-        return
-    ctypes.memmove(start, rest.ljust(len(arguments), b"\0"), len(arguments))
+    if end - start == len(arguments):
+        ctypes.memmove(start, text[: len(arguments) - 1].ljust(len(arguments), b"\0"), len(arguments))
