@@ -7,10 +7,11 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
 
-from tests.harness import Daemon, Installation, Json, eventually
+from tests.harness import Children, Daemon, Installation, Json, eventually
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +38,18 @@ def make_daemon(installation: Installation) -> Iterator[Callable[..., Daemon]]:
         with contextlib.suppress(AssertionError):
             eventually(lambda d=daemon: not d.leftovers(), 5.0, "nothing left")  # type: ignore[misc]
         assert not daemon.leftovers()
+
+
+@pytest.fixture
+def children() -> Children:
+    """Child processes of the tests' own process that were not there before this test."""
+    process = psutil.Process()
+    before = process.children(recursive=True)
+
+    def fresh(recursive: bool = False) -> list[psutil.Process]:
+        return [child for child in process.children(recursive) if child not in before]
+
+    return fresh
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ SUCCESS = "Daemon start success!"
 HOST = "127.0.0.1"
 
 Json = dict[str, Any]
+Children = Callable[..., list[psutil.Process]]  # of the fixture `children`
 
 
 def free_ports(count: int) -> list[int]:

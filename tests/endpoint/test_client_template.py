@@ -19,6 +19,7 @@ from endpoint.tokenizer import TokenizerPool
 from engine.errors import InvalidRequest
 from tests.endpoint.samples import model_info
 from tests.endpoint.tiny_tokenizers import byte_level, save
+from tests.harness import Children
 
 T = TypeVar("T")
 PLAIN = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
@@ -97,10 +98,12 @@ HOGS = {
 
 
 @pytest.mark.parametrize("hog", HOGS)
-def test_who_takes_too_much_is_ended(tmp_path: Path, hog: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_takes_too_much_is_ended(
+    tmp_path: Path, hog: str, monkeypatch: pytest.MonkeyPatch, children: Children
+) -> None:
     monkeypatch.setattr(client_template, "_RENDER_S", 1.0)
     assert "it takes more than" in (said := refusal(tmp_path, HOGS[hog])) or "it makes more than" in said
-    assert not psutil.Process().children()
+    assert not children()
 
 
 def test_others_are_served_while_one_spins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,33 +126,35 @@ def test_others_are_served_while_one_spins(tmp_path: Path, monkeypatch: pytest.M
     assert run(work()) > 20
 
 
-def test_a_client_that_goes_takes_its_process_along(tmp_path: Path) -> None:
+def test_a_client_that_goes_takes_its_process_along(tmp_path: Path, children: Children) -> None:
     async def work() -> None:
         task = asyncio.create_task(ClientTemplates(tmp_path).render(HOGS["time in a loop"], {}))
-        while not psutil.Process().children():
+        while not children():
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not psutil.Process().children()
+        assert not children()
 
     run(work())
 
 
-def test_nothing_of_ours_is_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_ours_is_inherited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, children: Children
+) -> None:
     monkeypatch.setenv("SECRET", "hidden")
 
     async def work() -> None:
         kept = os.open(os.devnull, os.O_RDONLY)
         os.set_inheritable(kept, True)
         task = asyncio.create_task(ClientTemplates(tmp_path).render(HOGS["time in a loop"], {}))
-        while not (children := psutil.Process().children()):
+        while not (started := children()):
             await asyncio.sleep(0.01)
-        while children[0].rlimit(psutil.RLIMIT_NPROC) != (0, 0):  # the last of its limits
+        while started[0].rlimit(psutil.RLIMIT_NPROC) != (0, 0):  # the last of its limits
             await asyncio.sleep(0.01)
-        assert "SECRET" not in children[0].environ()
-        assert sorted(os.listdir(f"/proc/{children[0].pid}/fd")) == ["0", "1", "2"]
-        assert children[0].rlimit(psutil.RLIMIT_NOFILE) == (3, 3)
+        assert "SECRET" not in started[0].environ()
+        assert sorted(os.listdir(f"/proc/{started[0].pid}/fd")) == ["0", "1", "2"]
+        assert started[0].rlimit(psutil.RLIMIT_NOFILE) == (3, 3)
         os.close(kept)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -16,7 +16,7 @@ from endpoint.grammars import GrammarChecker, Vocabulary
 from endpoint.protocols.structured import FORMS, read_grammar
 from endpoint.validation import Fields
 from engine.errors import InvalidRequest, ServiceUnavailable
-from tests.harness import TINY_MODEL
+from tests.harness import TINY_MODEL, Children
 
 Json = dict[str, Any]
 Work = Callable[[GrammarChecker], Awaitable[None]]
@@ -206,10 +206,10 @@ def test_gbnf_is_translated() -> None:
     with_checker(work)
 
 
-def test_a_sandbox_that_was_killed_is_started_again() -> None:
+def test_a_sandbox_that_was_killed_is_started_again(children: Children) -> None:
     async def work(checker: GrammarChecker) -> None:
         await checker.check(grammar(GOOD[0]), "f")
-        [sandbox] = psutil.Process().children()
+        [sandbox] = children()
         sandbox.kill()
         for _ in range(1000):
             if not sandbox.is_running() or sandbox.status() == psutil.STATUS_ZOMBIE:
@@ -220,4 +220,4 @@ def test_a_sandbox_that_was_killed_is_started_again() -> None:
         assert checker.num_trials == 2
 
     with_checker(work)
-    assert psutil.Process().children() == []
+    assert children() == []

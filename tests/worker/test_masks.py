@@ -20,7 +20,7 @@ from engine.executor import NO_CONTINUATION, NOT_YET
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.title import PROCESS_NAME
-from tests.harness import REPO, TINY_MODEL, eventually
+from tests.harness import REPO, TINY_MODEL, Children, eventually
 from worker.grammar import GrammarBook
 from worker.masks.client import MaskClient
 from worker.masks.keeper import Vocabulary
@@ -82,16 +82,21 @@ def run(client: MaskClient, rows: list[Sequence], between: Step = lambda rows: N
     return failed
 
 
-def processes() -> list[psutil.Process]:
+@pytest.fixture
+def processes(children: Children) -> Children:
     """The keeper and its lane, as far as they are there."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        if process.name().startswith(PROCESS_NAME[:15]) and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+
+    def alive() -> list[psutil.Process]:
+        found = []
+        for process in children(recursive=True):
+            if process.name().startswith(PROCESS_NAME[:15]) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        return found
+
+    return alive
 
 
-def test_nothing_is_started_for_answers_without_grammar(masks: MaskClient) -> None:
+def test_nothing_is_started_for_answers_without_grammar(masks: MaskClient, processes: Children) -> None:
     run(masks, [answer("")])
     assert not processes()
     run(masks, [answer(ANY_OBJECT)])
@@ -102,7 +107,7 @@ def test_nothing_is_started_for_answers_without_grammar(masks: MaskClient) -> No
 
 @pytest.mark.parametrize("hostile", [ENDLESS_COMPILE, ENDLESS_MASK])
 def test_a_grammar_that_takes_too_much_ends_alone(
-    masks: MaskClient, undisturbed: list[list[int]], hostile: str
+    masks: MaskClient, undisturbed: list[list[int]], hostile: str, processes: Children
 ) -> None:
     rows = [answer(ANY_OBJECT, seed) for seed in range(3)]
     failed = run(masks, [answer(hostile, 7), *rows])
@@ -114,7 +119,7 @@ def test_a_grammar_that_takes_too_much_ends_alone(
 
 @pytest.mark.parametrize("which", ["keeper", "lane", "both"])
 def test_processes_that_are_killed_are_replaced_and_no_answer_is_lost(
-    masks: MaskClient, undisturbed: list[list[int]], which: str
+    masks: MaskClient, undisturbed: list[list[int]], which: str, children: Children
 ) -> None:
     rows = [answer(ANY_OBJECT, seed) for seed in range(3)]
     kills = []
@@ -122,7 +127,7 @@ def test_processes_that_are_killed_are_replaced_and_no_answer_is_lost(
     def kill(rows: list[Sequence]) -> None:
         if rows[1].num_output in (5, 6, 15) and rows[1].num_output not in kills:
             kills.append(rows[1].num_output)
-            (keeper,) = psutil.Process().children()
+            (keeper,) = children()
             victims = {"keeper": [keeper], "lane": keeper.children()}
             for victim in victims.get(which, [keeper, *keeper.children()]):
                 victim.kill()
@@ -132,7 +137,7 @@ def test_processes_that_are_killed_are_replaced_and_no_answer_is_lost(
 
 
 def test_a_stopped_lane_does_not_stop_the_others(
-    masks: MaskClient, undisturbed: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    masks: MaskClient, undisturbed: list[list[int]], monkeypatch: pytest.MonkeyPatch, processes: Children
 ) -> None:
     monkeypatch.setattr("worker.masks.client._SILENT_S", 0.5)
     run(masks, [answer(ANY_OBJECT, length=1)])  # else the free one is through before the lane is there
@@ -168,7 +173,7 @@ def test_answers_without_a_slot_wait_for_one(undisturbed: list[list[int]]) -> No
         client.close()
 
 
-def test_a_tokenizer_that_cannot_be_used_ends_the_request_only(tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_used_ends_the_request_only(tmp_path: Path, processes: Children) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     client = MaskClient(Vocabulary(tmp_path, False, VOCAB, EOS), slots=16)
     free = answer("", 1)
