@@ -229,6 +229,11 @@ LARGEST_MESSAGE = good_message("/v1/tokenizer", {"inputs": "word " * 200_000})
 GOOD_MESSAGE = good_message("/v1/completions", COMPLETION)
 
 
+async def _largest_at_once(port: int) -> None:
+    """What the largest texts take for a moment, the threads that read them keep."""
+    await asyncio.gather(*(Connection(port).exchange(LARGEST_MESSAGE, spent=True) for _ in range(CLIENTS)))
+
+
 async def _usual_text(connection: Connection) -> str:
     answer = await connection.exchange(GOOD_MESSAGE)
     if answer is None or answer.status != 200:
@@ -302,7 +307,7 @@ def fuzz_server(name: str, daemon: OwnDaemon, args: argparse.Namespace, numbers:
     findings: list[str] = []
     for dialect in args.dialects:  # caches fill, threads start
         fuzz(daemon.port, dialect, range(-WARM_UP // len(args.dialects), 0), args.seed)
-    asyncio.run(Connection(daemon.port).exchange(LARGEST_MESSAGE, spent=True))
+    asyncio.run(_largest_at_once(daemon.port))
     before = Footprint.of(daemon.endpoint)
     print(f"\n{name}: endpoint at {before}", flush=True)
     for dialect in args.dialects:
