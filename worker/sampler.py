@@ -185,7 +185,7 @@ def draw(logits: Floats, params: SamplingParams, u: float) -> int:
     Of equal logits on the edge of top_k or top_p the lowest ids stay.
     """
     best = logits.max()
-    temperature = np.float32(min(max(params.temperature, _LIMITS.tiny), _LIMITS.max))
+    temperature = np.float32(min(max(params.temperature, float(_LIMITS.tiny)), float(_LIMITS.max)))
 
     def weights(values: Floats) -> Floats:
         """Probabilities but for a factor; the largest is 1, so nothing overflows at any temperature."""
