@@ -77,6 +77,7 @@ def load_settings(config_file: Path | None, environ: Mapping[str, str], executab
         log=log,
         device_ids=tuple(tuple(ids) for ids in values.raw(f"{BACKEND}.npuDeviceIds")),
         worker_init_timeout_s=values.integer(f"{RUNTIME}.workerInitTimeoutSec"),
+        step_timeout_s=values.integer(f"{RUNTIME}.stepTimeoutSec"),
         graceful_stop_timeout_s=values.integer(f"{RUNTIME}.gracefulStopTimeoutSec"),
         ipc_dir=root / ipc_dir if ipc_dir else None,
         warnings=tuple(report.warnings),

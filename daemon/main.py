@@ -9,15 +9,15 @@ import resource
 import shutil
 import socket
 import sys
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from daemon.addresses import bind_listeners
 from daemon.config import load_settings
+from daemon.forks import Birth, Forker
 from daemon.logs import set_up_logging
-from daemon.plan import ProcessSpec, plan_processes
-from daemon.rundir import make_run_dir, run_name, sweep_stale
+from daemon.plan import plan_processes
+from daemon.rundir import Doors, make_run_dir, run_name, sweep_stale
 from daemon.supervisor import Limits, Supervisor, install_signal_pipe
 from endpoint.context import EndpointContext
 from endpoint.tls import check_listeners
@@ -27,6 +27,7 @@ from engine.title import hide_interpreter, set_process_name
 from engine.wire import sizes
 from engine.wire.links import Control, InstanceWire
 from engine.wire.ring import create_ring
+from engine.wire.vitals import Vitals
 from worker.context import WorkerContext
 
 log = logging.getLogger("server.main")
@@ -114,17 +115,37 @@ def _supervise(
     specs = plan_processes(settings)
     num_workers = len(specs) - 1
 
-    def entry(spec: ProcessSpec, control: Control) -> int:
+    def entry(birth: Birth, control: Control) -> int:
         """What a child does; imports here, because the parent must never load aiohttp or torch."""
+        spec = birth.spec
         if spec.role == "endpoint":
             from endpoint.main import run_endpoint
 
             set_process_name()
             return run_endpoint(
-                EndpointContext(settings.endpoint, settings.schedule, settings.model, sockets, wires, control)
+                EndpointContext(
+                    settings.endpoint,
+                    settings.schedule,
+                    settings.model,
+                    sockets,
+                    wires,
+                    control,
+                    birth.pulse,
+                    settings.step_timeout_s,
+                    replaces_another=birth.generation > 0,
+                )
             )
-        wire = wires[spec.instance]
-        given = WorkerContext(settings.model, settings.schedule, wire, spec.device, num_workers, control)
+        given = WorkerContext(
+            settings.model,
+            settings.schedule,
+            wires[spec.instance],
+            birth.generation,
+            spec.device,
+            num_workers,
+            settings.step_timeout_s,
+            control,
+            birth.pulse,
+        )
         if settings.model.instance_type == "StandardMock":
             from worker.mock import run_mock_worker
 
@@ -139,18 +160,16 @@ def _supervise(
 
     limits = Limits(settings.worker_init_timeout_s, settings.graceful_stop_timeout_s)
     log.info("configuration %s, %d worker(s)", settings.config_file, num_workers)
-    # Once everybody is connected nobody needs the socket files: not even kill -9 leaves one behind then.
-    remove_run_dir = partial(shutil.rmtree, run_dir, ignore_errors=True)
-    address = f"ipc://{run_dir}/ctl"
-    return Supervisor(specs, entry, sockets, address, limits, wakeup_fd, remove_run_dir).run()
+    forker = Forker(entry, sockets, wakeup_fd)
+    vitals = Vitals(len(specs))
+    return Supervisor(specs, wires, forker, Doors(run_dir), vitals, limits, wakeup_fd).run()
 
 
 def _make_wire(settings: ServerSettings, name: str, run_dir: Path, instance: int) -> InstanceWire:
     prompt_bytes = sizes.prompt_slot_bytes(settings.schedule.max_input_len)
     return InstanceWire(
         instance=instance,
-        command_address=f"ipc://{run_dir}/cmd.{instance}",
-        event_address=f"ipc://{run_dir}/evt.{instance}",
+        directory=str(run_dir),
         prompt_ring=create_ring(f"{name}_prompt{instance}", sizes.PROMPT_SLOTS, prompt_bytes),
         token_ring=create_ring(f"{name}_token{instance}", sizes.TOKEN_SLOTS, sizes.TOKEN_SLOT_BYTES),
     )

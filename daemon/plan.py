@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.settings import ServerSettings
-from engine.wire.links import ENDPOINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +17,7 @@ class ProcessSpec:
 
     @property
     def identity(self) -> str:
-        return ENDPOINT if self.role == "endpoint" else f"worker.{self.instance}.{self.rank}"
+        return "endpoint" if self.role == "endpoint" else f"worker.{self.instance}.{self.rank}"
 
     def __str__(self) -> str:
         if self.role == "endpoint":

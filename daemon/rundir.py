@@ -14,7 +14,7 @@ from engine.wire.ring import SHM_DIR
 log = logging.getLogger("server.rundir")
 
 _PREFIX = "mindie"
-# sun_path holds 108 bytes including the end; the longest file name of ours has 12
+# sun_path holds 108 bytes including the end; the longest file name of ours, evt.<i>.<generation>, has 15
 _MAX_DIR_CHARS = 90
 
 
@@ -40,6 +40,33 @@ def make_run_dir(parent: Path | None, name: str) -> Path:
     except OSError as error:
         raise StartupError(f"cannot create the socket directory {path}: {error.strerror}", EXIT_IPC) from None
     return path
+
+
+class Doors:
+    """The socket files, which are there only while somebody has still to connect.
+
+    Once everybody is connected nobody needs them: not even kill -9 leaves one behind then.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        """`run_dir`: from make_run_dir."""
+        self._run_dir = run_dir
+        self._number = 0
+        self.is_open = True
+
+    @property
+    def control_address(self) -> str:
+        return f"ipc://{self._run_dir}/ctl.{self._number}"
+
+    def open(self) -> None:
+        """Raises OSError."""
+        self._run_dir.mkdir(mode=0o700)
+        self._number += 1  # the socket of before is still connected to those who came in by it
+        self.is_open = True
+
+    def close(self) -> None:
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+        self.is_open = False
 
 
 def sweep_stale(parent: Path | None) -> None:

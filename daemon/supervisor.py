@@ -1,11 +1,17 @@
-"""The parent: forks, waits, signals, reaps. It carries no request and imports nothing heavy.
+"""The parent: forks, waits, signals, reaps, replaces. It carries no request and imports nothing heavy.
 
 States and what moves them:
 
     BOOTING --all children Ready--> SERVING --SIGTERM/SIGINT--> DRAINING --endpoint gone--> STOPPING
-       |                               |                                                       |
-       '-- a child dies, deadline,     '-- a child dies: open streams get an error             '-- all reaped:
-           SIGTERM: STOPPING               event (DRAINING, a short deadline), code 6              exit code
+       |                              | ^                                                      |
+       |                              | '-- a child dies: it is replaced                       '-- all reaped:
+       |                              '---- five die within a minute: open streams get an          exit code
+       '-- a child dies, deadline,          error event (DRAINING, a short deadline), code 6
+           SIGTERM: STOPPING
+
+How a death is healed: the dead child is reaped; the child at the other end of its link is told, closes its
+end and says Quiet; the rings are reset; the link begins anew with the next generation (daemon/links.py), and
+the replacement is forked. An endpoint is forked at once: it takes its listening sockets from here.
 """
 
 from __future__ import annotations
@@ -16,24 +22,40 @@ import logging
 import os
 import select
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from types import FrameType
 
 import psutil
 import zmq
 
-from daemon.child import run_child
+from daemon.forks import HANDLED, Birth, Forker
+from daemon.links import Link
 from daemon.plan import ProcessSpec
+from daemon.restarts import MOST_DEATHS, WINDOW_S, RestartPolicy
+from daemon.rundir import Doors
 from engine.errors import EXIT_CHILD_DIED, EXIT_INIT, EXIT_OK
 from engine.wire.channel import ControlHub
-from engine.wire.links import ENDPOINT, Control
-from engine.wire.messages import Drain, Fatal, InstanceDown, Message, Progress, Ready, StopRequested
+from engine.wire.links import InstanceWire
+from engine.wire.messages import (
+    Drain,
+    EndpointDown,
+    EndpointUp,
+    Fatal,
+    Hello,
+    InstanceDown,
+    InstanceUp,
+    Linked,
+    Message,
+    Progress,
+    Quiet,
+    Ready,
+    StopRequested,
+)
+from engine.wire.vitals import Vitals
 
 log = logging.getLogger("server.supervisor")
 
@@ -42,14 +64,12 @@ SUCCESS_LINE = "Daemon start success!"
 _TERM_GRACE_S = 15.0  # between TERM and KILL
 _DRAIN_SLACK_S = 3.0  # what the endpoint may need after its own deadline
 _FAILED_DRAIN_S = 2.0  # to end open streams with an error event after a death
-_IDLE_TURN_S = 3600.0  # nothing is due while serving
+_LOOK_EVERY_S = 1.0  # at the children's pulses
+_LOOKS = 2  # in a row that must find a deadline missed: after Ctrl+Z the children are late through no fault
 _PROGRESS_EVERY_S = 5.0
 _LAST_WORDS_S = 0.5  # a dying child's reason may arrive just after its SIGCHLD
 
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _PR_SET_CHILD_SUBREAPER = 36
-
-Entry = Callable[[ProcessSpec, Control], int]
 
 
 class State(Enum):
@@ -61,11 +81,28 @@ class State(Enum):
 
 @dataclass(slots=True)
 class Child:
-    spec: ProcessSpec
+    birth: Birth
     pid: int
+    boot_deadline: float
     ready: bool = False
     last_progress: float = 0.0  # when it was last logged
+    hub: ControlHub | None = None  # where it has said Hello
     fatal: Fatal | None = None
+    verdict: str = ""  # why it is being ended by us
+    doomed: bool = False  # another rank of its group has died
+    looks_overdue: int = 0
+
+    @property
+    def spec(self) -> ProcessSpec:
+        return self.birth.spec
+
+    @property
+    def identity(self) -> str:
+        return self.birth.identity
+
+    @property
+    def is_endpoint(self) -> bool:
+        return self.birth.spec.role == "endpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,76 +117,114 @@ class Supervisor:
     def __init__(
         self,
         specs: Sequence[ProcessSpec],
-        entry: Entry,
-        listeners: Sequence[socket.socket],
-        control_address: str,
+        wires: Sequence[InstanceWire],
+        forker: Forker,
+        doors: Doors,
+        vitals: Vitals,
         limits: Limits,
         wakeup_fd: int,
-        on_serving: Callable[[], None],
     ) -> None:
-        """`wakeup_fd`: from install_signal_pipe. `on_serving` is called once, when all children are ready."""
+        """`wires`: one per instance. `wakeup_fd`: from install_signal_pipe."""
         self._specs = specs
-        self._entry = entry
-        self._listeners = listeners
-        self._control_address = control_address
+        self._links = [Link(wire) for wire in wires]
+        self._forker = forker
+        self._doors = doors
+        self._vitals = vitals
         self._limits = limits
         self._wakeup_fd = wakeup_fd
-        self._on_serving = on_serving
+        self._policy = RestartPolicy()
         self._state = State.BOOTING
         self._deadline = 0.0
+        self._next_look = 0.0
         self._exit_code = EXIT_OK
         self._children: dict[int, Child] = {}
-        self._hub: ControlHub | None = None
+        self._births = 0
+        self._missing: dict[ProcessSpec, float] = {}  # to be forked, and not before when
+        self._died: dict[ProcessSpec, float] = {}  # until the replacement serves
+        # one behind every door that a living child came in by: libzmq closes connections with their door
+        self._hubs: list[ControlHub] = []
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
     def run(self) -> int:
-        wakeup_fd = self._wakeup_fd
         _adopt_orphans()
         self._deadline = time.monotonic() + self._limits.init_timeout_s
-        self._fork_all()
-        # libzmq starts threads with its context, so not before the forks
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._hub = ControlHub(context, self._control_address)
+        for spec in self._specs:
+            self._fork(spec)
+        # libzmq starts threads with its context, so not before the first forks
+        self._context = zmq.Context()
+        self._hubs.append(ControlHub(self._context, self._doors.control_address))
         try:
-            while self._children:
-                timeout = max(0.0, self._deadline - time.monotonic())
-                select.select([wakeup_fd, self._hub.fileno()], [], [], timeout)
-                for number in _drain_signals(wakeup_fd):
+            while self._children or self._missing:
+                hubs = [hub.fileno() for hub in self._hubs]
+                select.select([self._wakeup_fd, *hubs], [], [], self._patience())
+                for number in _drain_signals(self._wakeup_fd):
                     self._on_signal(number)
                 self._read_messages()
                 self._reap()
                 self._read_messages()
-                if time.monotonic() >= self._deadline:
-                    self._on_deadline()
+                self._keep_time()
         finally:
-            self._hub.close()
-            context.term()
+            for hub in self._hubs:
+                hub.close()
+            self._context.term()
             _kill_stragglers()
         return self._exit_code
 
     # -- forking ------------------------------------------------------------------------------------
 
-    def _fork_all(self) -> None:
-        lifeline_read, lifeline_write = os.pipe()
-        parent_pid = os.getpid()
-        _flush_stderr()
-        # a signal that met a child before it has its own handlers would be written to our pipe
-        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
-        for spec in self._specs:
-            pid = os.fork()
-            if pid == 0:
-                os.close(lifeline_write)  # only the parent's end may keep the pipe open
-                os.close(self._wakeup_fd)
-                if spec.role != "endpoint":
-                    for sock in self._listeners:
-                        sock.close()
-                entry = partial(self._entry, spec)
-                run_child(parent_pid, lifeline_read, self._control_address, spec.identity, entry)
-            self._children[pid] = Child(spec, pid)
-            log.info("%s pid=%d started", spec, pid)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-        os.close(lifeline_read)
-        for sock in self._listeners:
-            sock.close()
+    def _fork(self, spec: ProcessSpec) -> None:
+        self._missing.pop(spec, None)
+        link = self._links[spec.instance]
+        slot = self._specs.index(spec)
+        pulse = self._vitals.pulse(slot)
+        pulse.rest()
+        generation = self._births if spec.role == "endpoint" else link.generation
+        birth = Birth(spec, self._births, generation, pulse)
+        self._births += 1
+        pid = self._forker.fork(birth, self._doors.control_address)
+        self._children[pid] = Child(birth, pid, time.monotonic() + self._limits.init_timeout_s)
+        if spec.role == "worker" and spec.rank == 0:
+            link.holders.add(birth.identity)
+        log.info("%s pid=%d started", spec, pid)
+
+    def _fork_missing(self, now: float) -> None:
+        for spec, due in list(self._missing.items()):
+            if due > now or not self._open_doors():
+                continue
+            if spec.role == "worker":
+                link = self._links[spec.instance]
+                # a half-dead group hangs: its ranks begin together, once the last of them has been reaped
+                if any(child.doomed for child in self._workers(spec.instance)) or not link.mend():
+                    continue
+            try:
+                self._fork(spec)
+            except OSError as error:  # no processes or memory to be had, or no place for sockets
+                log.error("%s cannot be started: %s", spec, error)
+                self._on_death(spec, str(error))
+
+    def _open_doors(self) -> bool:
+        """Let children connect, to the parent and to each other; whether they can."""
+        if self._doors.is_open:
+            return True
+        assert self._context is not None
+        in_use = {id(child.hub) for child in self._children.values()}
+        for hub in [hub for hub in self._hubs if id(hub) not in in_use]:
+            self._hubs.remove(hub)
+            hub.close()
+        try:
+            self._doors.open()
+            self._hubs.append(ControlHub(self._context, self._doors.control_address))
+        except (OSError, zmq.ZMQError) as error:
+            log.error("no place for sockets, trying again: %s", error)
+            self._doors.close()
+            return False
+        return True
+
+    def _close_doors(self) -> None:
+        """Once everybody is connected to everybody."""
+        everybody = not self._missing and all(child.ready for child in self._children.values())
+        if everybody and all(link.complete for link in self._links):
+            self._doors.close()
 
     # -- what happens -------------------------------------------------------------------------------
 
@@ -165,30 +240,32 @@ class Supervisor:
             self._stop()
         else:
             log.warning("%s (%d) received again: stopping at once", name, number)
-            self._state = State.STOPPING
-            self._deadline = time.monotonic() + _TERM_GRACE_S
+            self._stop()
             self._signal_children(signal.SIGKILL)
 
     def _read_messages(self) -> None:
-        assert self._hub is not None
-        for identity, message in self._hub.receive():
-            child = next((c for c in self._children.values() if c.spec.identity == identity), None)
-            if child is not None:
-                self._on_message(child, message)
+        for hub in self._hubs:
+            for identity, message in hub.receive():
+                child = next((c for c in self._children.values() if c.identity == identity), None)
+                if child is not None:
+                    child.hub = hub
+                    self._on_message(child, message)
 
     def _on_message(self, child: Child, message: Message) -> None:
         match message:
+            case Hello():
+                self._join_links()
             case Ready():
-                log.info("%s pid=%d ready: %s", child.spec, child.pid, message.detail)
-                child.ready = True
-                if self._state is State.BOOTING and all(c.ready for c in self._children.values()):
-                    self._serve()
+                self._on_ready(child, message.detail)
+            case Quiet():
+                link = self._links[message.instance]
+                if message.generation == link.generation:
+                    link.leave(child.identity)
+                    self._join_links()
+            case Linked():
+                self._on_linked(message)
             case Progress():
-                self._tell_endpoint(message)
-                now = time.monotonic()
-                if message.fraction >= 1.0 or now - child.last_progress > _PROGRESS_EVERY_S:
-                    log.info("%s: %s %.0f %%", child.spec, message.phase, message.fraction * 100)
-                    child.last_progress = now
+                self._on_progress(child, message)
             case Fatal():
                 child.fatal = message
             case StopRequested() if self._state is State.SERVING:
@@ -196,6 +273,35 @@ class Supervisor:
                 self._drain(message.drain_s)
             case _:
                 log.warning("unexpected %s from %s", type(message).__name__, child.spec)
+
+    def _on_ready(self, child: Child, detail: str) -> None:
+        log.info("%s pid=%d ready: %s", child.spec, child.pid, detail)
+        child.ready = True
+        if child.is_endpoint:
+            self._note_healed(child.spec)
+        if self._state is State.BOOTING and all(c.ready for c in self._children.values()):
+            self._serve()
+        self._close_doors()
+
+    def _on_linked(self, message: Linked) -> None:
+        link = self._links[message.instance]
+        if message.generation == link.generation:
+            link.complete = True
+            for child in self._workers(message.instance):
+                self._note_healed(child.spec)
+            self._close_doors()
+
+    def _note_healed(self, spec: ProcessSpec) -> None:
+        died = self._died.pop(spec, None)
+        if died is not None:
+            log.warning("%s serves again, %.1f s after its death", spec, time.monotonic() - died)
+
+    def _on_progress(self, child: Child, message: Progress) -> None:
+        self._tell_endpoint(message)
+        now = time.monotonic()
+        if message.fraction >= 1.0 or now - child.last_progress > _PROGRESS_EVERY_S:
+            log.info("%s: %s %.0f %%", child.spec, message.phase, message.fraction * 100)
+            child.last_progress = now
 
     def _reap(self) -> None:
         while self._children:
@@ -211,10 +317,9 @@ class Supervisor:
             self._on_exit(child, os.waitstatus_to_exitcode(status))
 
     def _await_last_words(self, child: Child) -> None:
-        assert self._hub is not None
         until = time.monotonic() + _LAST_WORDS_S
         while child.fatal is None and time.monotonic() < until:
-            select.select([self._hub.fileno()], [], [], 0.02)
+            select.select([hub.fileno() for hub in self._hubs], [], [], 0.02)
             self._read_messages()
 
     def _on_exit(self, child: Child, code: int) -> None:
@@ -223,34 +328,45 @@ class Supervisor:
         if self._state is State.STOPPING:
             log.info("%s pid=%d %s", child.spec, child.pid, how)
             return
-        is_endpoint = child.spec.role == "endpoint"
-        if self._state is State.DRAINING and is_endpoint and code == 0:
+        if self._state is State.DRAINING and child.is_endpoint and code == 0:
             log.info("endpoint pid=%d has drained", child.pid)
             self._stop()
             return
-        reason = child.fatal.reason if child.fatal else how
+        reason = child.verdict or (child.fatal.reason if child.fatal else how)
         if self._state is State.BOOTING:
             log.error("start failed: %s pid=%d: %s", child.spec, child.pid, reason)
             self._exit_code = child.fatal.exit_code if child.fatal else EXIT_INIT
             self._stop()
             return
-        log.error("%s pid=%d died: %s; stopping the service", child.spec, child.pid, reason)
-        self._exit_code = EXIT_CHILD_DIED
-        if is_endpoint:
-            self._stop()
+        self._leave_links(child, reason)
+        if child.doomed:
             return
-        self._tell_endpoint(InstanceDown(child.spec.instance, reason))
+        log.error("%s pid=%d died: %s", child.spec, child.pid, reason)
+        self._on_death(child.spec, reason)
+
+    def _keep_time(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_EVERY_S
+            self._look_after_children(now)
         if self._state is State.SERVING:
-            self._drain(_FAILED_DRAIN_S)
+            self._fork_missing(now)
+        elif now >= self._deadline:
+            self._on_deadline()
+
+    def _patience(self) -> float:
+        """Seconds until something is due."""
+        due = [self._next_look, *self._missing.values()]
+        if self._state is not State.SERVING:
+            due.append(self._deadline)
+        # a fork that is due already waits for a message or a death, not for time
+        now = time.monotonic()
+        return min((at - now for at in due if at > now), default=0.0)
 
     def _on_deadline(self) -> None:
         if self._state is State.BOOTING:
             waiting = ", ".join(str(c.spec) for c in self._children.values() if not c.ready)
-            log.error(
-                "start failed: not ready after %.0f s: %s; a larger "
-                "BackendConfig.runtimeConfig.workerInitTimeoutSec allows more time",
-                self._limits.init_timeout_s, waiting,
-            )  # fmt: skip
+            log.error("start failed: %s", self._not_ready(waiting))
             self._exit_code = EXIT_INIT
             self._stop()
         elif self._state is State.DRAINING:
@@ -261,15 +377,98 @@ class Supervisor:
             log.warning("still alive %.0f s after TERM, killing: %s", _TERM_GRACE_S, names)
             self._signal_children(signal.SIGKILL)
             self._deadline = time.monotonic() + _TERM_GRACE_S
-        else:
-            self._deadline = time.monotonic() + _IDLE_TURN_S
+
+    def _not_ready(self, who: str) -> str:
+        return (
+            f"not ready after {self._limits.init_timeout_s:.0f} s: {who}; a larger "
+            "BackendConfig.runtimeConfig.workerInitTimeoutSec allows more time"
+        )
+
+    # -- healing ------------------------------------------------------------------------------------
+
+    def _look_after_children(self, now: float) -> None:
+        """End those that have missed their own deadline, or that do not get ready."""
+        if self._state is State.STOPPING:
+            return
+        for child in self._children.values():
+            if child.verdict:
+                os.kill(child.pid, signal.SIGKILL)  # it was given a second for the stacks
+                continue
+            overdue_s = self._vitals.overdue_s(self._specs.index(child.spec))
+            child.looks_overdue = child.looks_overdue + 1 if overdue_s > 0 else 0
+            if child.looks_overdue >= _LOOKS:
+                child.verdict = (
+                    f"no progress, {overdue_s:.0f} s beyond its time limit "
+                    "(BackendConfig.runtimeConfig.stepTimeoutSec)"
+                )
+            elif self._state is State.SERVING and not child.ready and now >= child.boot_deadline:
+                child.verdict = self._not_ready(str(child.spec))
+            if child.verdict:
+                log.error("%s pid=%d: %s; ending it", child.spec, child.pid, child.verdict)
+                os.kill(child.pid, signal.SIGABRT)  # faulthandler writes where it hangs, unless it is stopped
+
+    def _on_death(self, spec: ProcessSpec, reason: str) -> None:
+        """A child is no more, and its links have been broken off: replace it, or give up."""
+        now = time.monotonic()
+        delay = self._policy.note_death(now) if self._state is State.SERVING else None
+        if delay is None:
+            self._give_up(spec, reason)
+            return
+        self._died.setdefault(spec, now)
+        group = [s for s in self._specs if (s.role, s.instance) == (spec.role, spec.instance)]
+        self._missing |= dict.fromkeys(group, now + delay)
+        for rank in self._workers(spec.instance) if spec.role == "worker" else ():
+            rank.doomed = True
+            os.kill(rank.pid, signal.SIGKILL)
+        self._join_links()
+
+    def _give_up(self, spec: ProcessSpec, reason: str) -> None:
+        self._exit_code = EXIT_CHILD_DIED
+        if self._state is State.SERVING:
+            log.error(
+                "%d deaths within %.0f s, stopping the service; the last was %s: %s",
+                MOST_DEATHS, WINDOW_S, spec, reason,
+            )  # fmt: skip
+            for link in self._links:
+                self._tell_endpoint(InstanceDown(link.wire.instance, reason, final=True))
+            self._drain(_FAILED_DRAIN_S)
+        elif spec.role == "endpoint":
+            self._stop()
+
+    def _leave_links(self, child: Child, reason: str) -> None:
+        """Break off what the dead child was part of, and tell those at the other ends."""
+        final = self._state is not State.SERVING
+        for link in self._links:
+            instance = link.wire.instance
+            if child.is_endpoint and child.identity in link.holders:
+                link.break_off()
+                for leader in self._workers(instance):
+                    if leader.identity in link.holders:
+                        self._tell(leader, EndpointDown())
+            elif not child.is_endpoint and child.spec.instance == instance:
+                link.break_off()
+                self._tell_endpoint(InstanceDown(instance, reason, final))
+            link.leave(child.identity)
+
+    def _join_links(self) -> None:
+        """Tell every link that has begun anew to those of its two sides that live and do not know it yet."""
+        endpoint = self._endpoint()
+        for link in self._links:
+            if not link.mend() or not self._open_doors():
+                continue
+            instance = link.wire.instance
+            leader = next((c for c in self._workers(instance) if c.spec.rank == 0), None)
+            if endpoint is not None and endpoint.hub and endpoint.identity not in link.holders:
+                link.holders.add(endpoint.identity)
+                self._tell(endpoint, InstanceUp(instance, link.generation))
+            if leader is not None and leader.hub and leader.identity not in link.holders:
+                link.holders.add(leader.identity)
+                self._tell(leader, EndpointUp(link.generation))
 
     # -- what is done about it ----------------------------------------------------------------------
 
     def _serve(self) -> None:
         self._state = State.SERVING
-        self._deadline = time.monotonic() + _IDLE_TURN_S
-        self._on_serving()
         log.info(SUCCESS_LINE)
         try:
             print(SUCCESS_LINE, flush=True)
@@ -278,18 +477,41 @@ class Supervisor:
             sys.stdout = None  # else the interpreter tries again at exit
 
     def _drain(self, seconds: float) -> None:
+        endpoint = self._endpoint()
+        for spec in self._missing:
+            if spec.role == "worker":
+                self._tell_endpoint(InstanceDown(spec.instance, "the service is stopping", final=True))
+        self._missing.clear()
+        if endpoint is None or not endpoint.ready:  # nobody is served
+            self._stop()
+            return
         self._state = State.DRAINING
         self._deadline = time.monotonic() + seconds + _DRAIN_SLACK_S
-        self._tell_endpoint(Drain(seconds))
+        self._tell(endpoint, Drain(seconds))
 
     def _stop(self) -> None:
         self._state = State.STOPPING
+        self._missing.clear()
         self._deadline = time.monotonic() + _TERM_GRACE_S
+        self._forker.close_listeners()
         self._signal_children(signal.SIGTERM)
 
+    def _endpoint(self) -> Child | None:
+        return next((child for child in self._children.values() if child.is_endpoint), None)
+
+    def _workers(self, instance: int) -> list[Child]:
+        mine = (child for child in self._children.values() if not child.is_endpoint)
+        return [child for child in mine if child.spec.instance == instance]
+
     def _tell_endpoint(self, message: Message) -> None:
-        assert self._hub is not None
-        self._hub.send(ENDPOINT, message)
+        endpoint = self._endpoint()
+        if endpoint is not None:
+            self._tell(endpoint, message)
+
+    def _tell(self, child: Child, message: Message) -> None:
+        """A message to a child that has not said Hello yet is dropped."""
+        if child.hub is not None:
+            child.hub.send(child.identity, message)
 
     def _signal_children(self, number: int) -> None:
         """Recorded pids only, never a group: the terminal's group is not ours alone."""
@@ -301,9 +523,9 @@ def install_signal_pipe() -> int:
     """Let TERM, INT and CHLD write their number to a pipe; all work happens in the loop that reads it."""
     read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    for number in _HANDLED:
+    for number in HANDLED:
         signal.signal(number, _nothing)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)  # launch.py holds them back until now
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)  # launch.py holds them back until now
     return read_fd
 
 
@@ -330,8 +552,3 @@ def _kill_stragglers() -> None:
 def _adopt_orphans() -> None:
     """Make orphaned grandchildren our children instead of init's, so that they can be found at the end."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _flush_stderr() -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        sys.stderr.flush()

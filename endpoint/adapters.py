@@ -25,15 +25,29 @@ class Engine(Protocol):
 class AdapterRegistry:
     """One per endpoint process. An adapter is known from the end of its loading on, until its unloading."""
 
-    def __init__(self, settings: LoraSettings, base: str, engine: Engine) -> None:
-        """`base`: name of the model the adapters are for."""
+    def __init__(self, settings: LoraSettings, base: str, engine: Engine, *, adopts: bool = False) -> None:
+        """`base`: name of the model the adapters are for.
+
+        `adopts`: what the first instance has is what there is, whatever the configuration began with: another
+        endpoint has served before this one.
+        """
         self._settings = settings
         self._base = base
         self._engine = engine
         self._paths = {module.name: module.path for module in settings.modules}
         self._roots = {name: path.name for name, path in self._paths.items()}
+        self._adopts = adopts
         self._changing: dict[str, asyncio.Task[None]] = {}
         self.loaded: Mapping[str, str] = MappingProxyType(self._roots)  # name -> name of its directory, live
+
+    def wanted(self, has: Mapping[str, str]) -> Mapping[str, str]:
+        """Name and directory of what an instance that has just come up has to have. `has`: what it has."""
+        if self._adopts:
+            self._adopts = False
+            self._paths = {name: Path(path) for name, path in has.items()}
+            self._roots.clear()
+            self._roots.update({name: path.name for name, path in self._paths.items()})
+        return {name: str(path) for name, path in self._paths.items()}
 
     async def load(self, name: str, path: Path) -> None:
         """Until every instance serves it. Raises WrongState with the reason when that cannot be."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
 from engine.wire.links import Control, InstanceWire
+from engine.wire.vitals import Pulse
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +19,6 @@ class EndpointContext:
     sockets: Sequence[socket.socket]  # bound, one per settings.listeners, in that order
     wires: Sequence[InstanceWire]
     control: Control
+    pulse: Pulse
+    step_timeout_s: float  # longest time without a sign of life
+    replaces_another: bool  # which has died while it served

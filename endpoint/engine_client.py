@@ -1,27 +1,30 @@
-"""The endpoint's side of the engine channels: prompts in, tokens out, and the table of what is in flight."""
+"""The endpoint's side of the engine channels: prompts in, tokens out, and the table of what is in flight.
+
+The table knows of every request its prompt and the tokens it has got, so a request whose instance dies goes
+on in another one, or in the same one once it has been replaced: the new engine is handed both, computes them
+again as after a preemption, and continues with the next token.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import zmq
 
+from endpoint.flights import Flight, Part, PromptRow, Token
+from endpoint.instance_link import InstanceLink, LinkEnds
 from endpoint.metadata import Occupancy
 from engine import errors
 from engine.errors import EngineFailed, ServerError, ServiceUnavailable
 from engine.outcome import FinishCode
 from engine.sampling_params import SamplingParams
 from engine.wire import layout
-from engine.wire.channel import Channel
 from engine.wire.links import InstanceWire
 from engine.wire.messages import (
     Abort,
@@ -32,7 +35,6 @@ from engine.wire.messages import (
     LoraUnload,
     Submit,
 )
-from engine.wire.ring import RingReader, RingWriter
 
 log = logging.getLogger("server.engine_client")
 
@@ -50,154 +52,173 @@ _REFUSALS: dict[type[ServerError], str] = {
 }
 
 
+_DIED = "the model instance serving this request died; send the request again"
+_CRASHES = 2  # of instances it was in, until a request is taken for their cause
+
 _RING_FULL_S = 0.001
+_CONNECT_S = 0.005  # between two looks at whether a new leader has been reached
 _RECORDS_PER_TURN = 8  # of the token ring; each is a few milliseconds at most
-
-
-class Token(NamedTuple):
-    """One row of a token record, stamped with the time it was read (monotonic seconds)."""
-
-    branch: int  # the flight's number: those of its first part come first
-    token_id: int
-    finish: FinishCode
-    batch_size: int
-    queue_wait_us: int
-    at: float
-    logprob: float
-    top: Sequence[tuple[int, float]]
-
-
-class PromptRow(NamedTuple):
-    """What the model thought of one token of a prompt, the first of which it cannot foresee."""
-
-    token_id: int
-    logprob: float
-    rank: int  # 1: it was the most likely one
-    others: Sequence[tuple[int, float]]  # the most likely ones without it, best first
-
-
-@dataclass(slots=True, eq=False)
-class Part:
-    """One prompt of a request: to the engine it is a request of its own."""
-
-    request_id: int
-    link: InstanceLink
-    flight: Flight
-    first: int  # the flight's number of its branch 0
-    ended: set[int] = field(default_factory=set)  # its branches without further tokens, by its own numbers
-    prompt_rows: list[PromptRow] = field(default_factory=list)  # when asked for: all before the first token
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """One request in the engine, from Submit to the last row of its last branch. Read by one task only."""
-
-    branches: int  # of each part
-    arrival: float  # monotonic seconds; when the HTTP request came
-    submitted: float  # when it set out for the engine
-    last_token: float  # when the last token came, or the request was submitted
-    token_limit_s: float  # longest wait between two tokens
-    parts: list[Part] = field(default_factory=list)
-    _cancelled: bool = False
-    _arrived: deque[Token] = field(default_factory=deque)
-    _failure: ServerError | None = None
-    _waiter: asyncio.Future[None] | None = None
-
-    def __str__(self) -> str:
-        return ", ".join(str(part.request_id) for part in self.parts)
-
-    async def next(self) -> Token | None:
-        """The next token, None when the request was cancelled. Raises the ServerError that ended it."""
-        while not self._arrived:
-            if self._cancelled:
-                return None
-            if self._failure is not None:
-                raise self._failure
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._arrived.popleft()
-
-    def push(self, token: Token) -> None:
-        self._arrived.append(token)
-        self.last_token = token.at
-        self._wake()
-
-    def fail(self, error: ServerError) -> None:
-        """End the request with an error, after what has already arrived."""
-        if self._failure is None:
-            self._failure = error
-            self._wake()
-
-    @classmethod
-    def never_flown(cls, arrival: float) -> Flight:
-        """Of a request that was cancelled before it reached the engine."""
-        return cls(1, arrival, arrival, arrival, math.inf, _cancelled=True)
-
-    def cancel(self) -> None:
-        """End the request with what it has."""
-        self._cancelled = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-class InstanceLink:
-    """Our ends of one instance's channels."""
-
-    def __init__(self, wire: InstanceWire, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        self.instance = wire.instance
-        self.commands = Channel(context, zmq.PUSH, wire.command_address)
-        self.events = Channel(context, zmq.PULL, wire.event_address, bind=True)
-        self.prompts = RingWriter(wire.prompt_ring)
-        self.prompt_lock = asyncio.Lock()  # record and Submit must leave in the same order
-        self.tokens = RingReader(wire.token_ring)
-        self.ready: EngineReady | None = None
-        self.stats: EngineStats | None = None
-        self.down: str | None = None  # why it can take no more requests
-        self.adapter_waits: dict[str, asyncio.Future[str]] = {}  # by adapter: the answer that is awaited
-        self.num_parts = 0  # in flight
 
 
 class EngineClient:
     """Submits requests to the least loaded instance and hands every token row to its flight.
 
-    Lives on the event loop's thread; nothing here blocks.
+    Lives on the event loop's thread; nothing here blocks. Its instances are opened and closed as the parent
+    says.
     """
 
-    def __init__(self, wires: Sequence[InstanceWire], context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """`failure` ends with an exception when what came from an engine cannot be understood."""
+    def __init__(
+        self,
+        wires: Sequence[InstanceWire],
+        context: zmq.Context[zmq.Socket[bytes]],
+        wanted_adapters: Callable[[Mapping[str, str]], Mapping[str, str]],
+        on_serving: Callable[[int, int], None],
+    ) -> None:
+        """`failure` ends with an exception when what came from an engine cannot be understood.
+
+        `wanted_adapters`: name and directory of the adapters an instance has -> of those it has to have.
+        `on_serving(instance, generation)` is called when an instance takes requests.
+        """
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._links = [InstanceLink(wire, context) for wire in wires]
+        self._wanted_adapters = wanted_adapters
+        self._on_serving = on_serving
         self._parts: dict[int, Part] = {}  # by request id
+        self._parked: list[Part] = []  # between two instances
+        self._given_up: set[int] = set()  # instances that do not come back
+        self._tasks: set[asyncio.Task[None]] = set()
         self.last_token_at = 0.0  # monotonic seconds; of any request
         self._ids = itertools.count(1)
-        self._all_ready = asyncio.Event()
+        self._changed = asyncio.Event()  # an instance has begun to serve
+
+    # -- instances coming and going -----------------------------------------------------------------
+
+    def open_instance(self, instance: int, generation: int) -> None:
+        link = self._links[instance]
+        ends = link.open(generation)
         loop = asyncio.get_running_loop()
-        for link in self._links:
-            loop.add_reader(link.tokens.fileno(), self._guarded, self._on_tokens, link)
-            loop.add_reader(link.events.fileno(), self._guarded, self._on_events, link)
+        loop.add_reader(ends.tokens.fileno(), self._guarded, self._on_tokens, link)
+        loop.add_reader(ends.events.fileno(), self._guarded, self._on_events, link)
+        self._guarded(self._on_events, link)  # what came before the reader was installed gives no edge
+
+    def close_instance(self, instance: int, *, final: bool) -> int:
+        """The instance is dead; the generation of the link that is closed with it.
+
+        Its requests wait for the next one, but those that cannot go on. `final`: it does not come back.
+        """
+        link = self._links[instance]
+        if final:
+            self._given_up.add(instance)
+        if link.ends is not None:
+            self._read_the_rest(link)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(link.ends.tokens.fileno())
+            loop.remove_reader(link.ends.events.fileno())
+            link.ends.commands.close()
+            link.ends.events.close()
+            link.ends = None
+        link.serving, link.stats = False, None
+        for wait in link.adapter_waits.values():
+            if not wait.done():
+                wait.set_exception(EngineFailed("the model instance died while its adapters were changed"))
+        link.adapter_waits.clear()
+        for part in [part for part in self._parts.values() if part.link is link]:
+            self._forget(part)
+            part.crashes += 1
+            if part.crashes < _CRASHES and part.resumable:
+                self._park(part)
+            else:
+                part.flight.fail(EngineFailed(_DIED))
+        self._unpark()
+        return link.generation
+
+    def _read_the_rest(self, link: InstanceLink) -> None:
+        """What it had told before it died is as good as ever."""
+        try:
+            while link.ends is not None and self._read_record(link, link.ends):
+                pass
+        except Exception:
+            log.exception("instance %d died with records that cannot be read", link.instance)
+
+    def _park(self, part: Part) -> None:
+        part.prompt_rows = [] if not any(part.outputs) else part.prompt_rows  # told once more, from the start
+        if len(self._given_up) == len(self._links):
+            part.flight.fail(EngineFailed(_DIED))
+        else:
+            self._parked.append(part)
+
+    def _unpark(self) -> None:
+        """Send on what waits for an instance, if one is there; end it if none will ever be."""
+        parked, self._parked = self._parked, []
+        if not any(link.serving for link in self._links):
+            for part in parked:
+                self._park(part)
+            return
+        for part in parked:
+            self._run(self._send(part))
+
+    async def _begin_to_serve(self, link: InstanceLink, ready: EngineReady) -> None:
+        """A new leader has greeted: give it the adapters it lacks, then the requests that wait."""
+        generation = link.generation
+        while link.ends is not None and not link.ends.commands.connected:
+            await asyncio.sleep(_CONNECT_S)
+        has = dict(ready.adapters)
+        wanted = self._wanted_adapters(has)
+        commands: list[LoraLoad | LoraUnload] = [LoraUnload(name) for name in has if name not in wanted]
+        commands += [LoraLoad(name, path) for name, path in wanted.items() if name not in has]
+        for command in commands:
+            try:
+                fault = await self._change_adapter(link, command)
+            except ServerError as error:
+                fault = str(error)
+            if fault:
+                log.error("instance %d, adapter %s: %s", link.instance, command.name, fault)
+        if link.generation == generation and link.ends is not None:
+            link.serving = True
+            self._changed.set()
+            self._on_serving(link.instance, generation)
+            self._unpark()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let it run beside everything else; its failure is ours."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self.fail(error)
+
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+
+    def fail(self, error: BaseException) -> None:
+        """End this process: nobody knows any more what belongs to whom."""
+        if not self.failure.done():
+            self.failure.set_exception(error)
 
     # -- state --------------------------------------------------------------------------------------
 
-    async def wait_ready(self) -> EngineReady:
-        """Until every instance has reported; the limits all of them can take."""
-        for link in self._links:
-            self._on_events(link)  # what came before the reader was installed gives no edge
-        await self._all_ready.wait()
-        while not all(link.commands.connected for link in self._links):
-            await asyncio.sleep(0.005)
+    async def wait_ready(self, *, every: bool = True) -> EngineReady:
+        """Until every instance serves, or any; the limits all of them can take."""
+        serve = all if every else any
+        while not serve(link.serving for link in self._links):
+            self._changed.clear()
+            await self._changed.wait()
         return self.limits()
 
     def limits(self) -> EngineReady:
-        """What every instance can take; only once all are ready."""
+        """What every instance can take; only once one is ready."""
         readies = [link.ready for link in self._links if link.ready is not None]
         return min(readies, key=lambda ready: (ready.max_prompt_tokens, ready.num_blocks))
 
     @property
     def available(self) -> bool:
-        return any(link.ready is not None and link.down is None for link in self._links)
+        return any(link.serving for link in self._links)
+
+    @property
+    def recovering(self) -> bool:
+        """No instance can take requests now, but one is coming."""
+        return not self.available and len(self._given_up) < len(self._links)
 
     def occupancy(self) -> list[Occupancy]:
         """How full each instance is, at most a second old."""
@@ -211,16 +232,17 @@ class EngineClient:
         Only one change of a name at a time. Raises ServiceUnavailable or EngineFailed when an instance is or
         gets lost.
         """
-        waits = []
-        for link in self._links:
-            _check_up(link)
-            wait: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-            link.adapter_waits[command.name] = wait
-            waits.append(wait)
-            if not link.commands.send(command):
-                raise ServiceUnavailable("the model instance died; try again later", retry_after_s=5)
-        faults = await asyncio.gather(*waits)
+        if not all(link.serving for link in self._links):
+            raise ServiceUnavailable("a model instance is not there now; try again later", retry_after_s=5)
+        faults = await asyncio.gather(*(self._change_adapter(link, command) for link in self._links))
         return next((fault for fault in faults if fault), "")
+
+    async def _change_adapter(self, link: InstanceLink, command: LoraLoad | LoraUnload) -> str:
+        wait: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        if not link.send(command):
+            raise ServiceUnavailable("a model instance is not there; try again later", retry_after_s=5)
+        link.adapter_waits[command.name] = wait
+        return await wait
 
     # -- requests -----------------------------------------------------------------------------------
 
@@ -251,37 +273,69 @@ class EngineClient:
     async def _submit_part(
         self, flight: Flight, prompt_ids: Sequence[int], sampling: SamplingParams, priority: int
     ) -> None:
-        candidates = [link for link in self._links if link.ready is not None and link.down is None]
-        if not candidates:
+        if not self.available and not self.recovering:
             raise ServiceUnavailable(
                 "no model instance can take requests now; try again later", retry_after_s=5
             )
-        link = min(candidates, key=lambda candidate: candidate.num_parts)
-        request_id = next(self._ids)
-        async with link.prompt_lock:
-            _check_up(link)  # the wait may have been long
-            slot = link.prompts.reserve()
-            while slot is None:  # the leader drains the ring between steps
-                await asyncio.sleep(_RING_FULL_S)
-                _check_up(link)
-                slot = link.prompts.reserve()
-            layout.write_prompt(slot, request_id, np.asarray(prompt_ids, np.int32))
-            link.prompts.commit()
-            if not link.commands.send(Submit(request_id, len(prompt_ids), priority, sampling)):
-                raise ServiceUnavailable("the model instance died; try again later", retry_after_s=5)
-        part = Part(request_id, link, flight, len(flight.parts) * flight.branches)
+        part = Part(
+            flight,
+            len(flight.parts) * flight.branches,
+            np.asarray(prompt_ids, np.int32),
+            sampling,
+            priority,
+            [[] for _ in range(flight.branches)],
+        )
         flight.parts.append(part)
+        await self._send(part)
+
+    async def _send(self, part: Part) -> None:
+        """Put a part on its way to the instance with the least to do; with none there, it waits for one."""
+        while (link := min(filter(_serves, self._links), key=_load, default=None)) is not None:
+            link.num_parts += 1  # while it waits for the lock as well: others are to see it
+            try:
+                async with link.prompt_lock:
+                    if part.flight.over or await self._write(part, link):
+                        return
+            finally:
+                if part.link is not link:
+                    link.num_parts -= 1
+        self._park(part)
+
+    async def _write(self, part: Part, link: InstanceLink) -> bool:
+        """Whether the instance has got it; False when it is not there any more."""
+        counts, ids = part.progress()
+        ends, request_id = link.ends, next(self._ids)
+        if ends is None:
+            return False
+        pieces = layout.prompt_pieces(ends.prompts.slot_bytes, ids)
+        if len(pieces) > ends.prompts.slots:
+            part.flight.fail(EngineFailed(_DIED))  # too long to be taken up again
+            return True
+        for piece in pieces:
+            while (slot := ends.prompts.reserve()) is None:  # the leader drains the ring between steps
+                await asyncio.sleep(_RING_FULL_S)
+                if link.ends is not ends:
+                    return False
+            layout.write_prompt(slot, request_id, piece)
+            ends.prompts.commit()
+        submit = Submit(request_id, len(part.prompt), part.priority, counts, part.sampling)
+        if not ends.commands.send(submit):
+            link.serving = False  # its leader is gone; the parent is about to say so
+            return False
+        part.request_id, part.link = request_id, link
         self._parts[request_id] = part
-        link.num_parts += 1
+        return True
 
     def close(self, flight: Flight) -> None:
         """The reader is done with this flight; aborts what of it still runs in the engine."""
+        flight.cancel()  # what waits for an instance is not sent any more
         for part in flight.parts:
             self._close_part(part)
 
     def _close_part(self, part: Part) -> None:
-        if self._forget(part) and part.link.down is None:
-            part.link.commands.send(Abort(part.request_id, branch=-1))
+        link, request_id = part.link, part.request_id
+        if self._forget(part) and link is not None:
+            link.send(Abort(request_id, branch=-1))
 
     def end_branch(self, flight: Flight, branch: int) -> None:
         """No further tokens of this branch are wanted."""
@@ -292,28 +346,16 @@ class EngineClient:
         part.ended.add(branch)
         if len(part.ended) == flight.branches:
             self._close_part(part)
-        elif part.link.down is None:
-            part.link.commands.send(Abort(part.request_id, branch))
-
-    def instance_down(self, instance: int, reason: str) -> None:
-        link = self._links[instance]
-        link.down = reason
-        for wait in link.adapter_waits.values():
-            if not wait.done():
-                wait.set_exception(EngineFailed("the model instance died while its adapters were changed"))
-        link.adapter_waits.clear()
-        for part in list(self._parts.values()):
-            if part.link is link:
-                self._forget(part)
-                part.flight.fail(
-                    EngineFailed("the model instance serving this request died; send the request again")
-                )
+        elif part.link is not None:
+            part.link.send(Abort(part.request_id, branch))
 
     def _forget(self, part: Part) -> bool:
-        """Whether it was still known."""
-        if self._parts.pop(part.request_id, None) is None:
+        """Take it out of its instance; whether it was in one."""
+        if part.link is None:
             return False
+        del self._parts[part.request_id]
         part.link.num_parts -= 1
+        part.link = None
         return True
 
     # -- what comes back ----------------------------------------------------------------------------
@@ -323,56 +365,63 @@ class EngineClient:
         try:
             callback(link)
         except Exception as error:
-            if not self.failure.done():
-                self.failure.set_exception(error)
+            self.fail(error)
 
     def _on_tokens(self, link: InstanceLink) -> None:
         for _ in range(_RECORDS_PER_TURN):
-            slot = link.tokens.take()
-            if slot is None:
+            if link.ends is None or not self._read_record(link, link.ends):
                 return
-            batch_size, rows = layout.read_tokens(slot)
-            link.tokens.release()
-            now = self.last_token_at = time.monotonic()
-            for row in rows:
-                part = self._parts.get(row.request_id)
-                if part is None or row.branch in part.ended:
-                    continue  # aborted; the step was already under way
-                flight = part.flight
-                if row.rank:
-                    part.prompt_rows.append(PromptRow(row.token, row.logprob, row.rank, row.top))
-                    continue
-                if row.finish:
-                    part.ended.add(row.branch)
-                    if len(part.ended) == flight.branches:
-                        self._forget(part)
-                    elif row.error:
-                        self._close_part(part)  # nobody waits for its other branches any more
-                if row.error:
-                    cls = _ERRORS[row.error]
-                    flight.fail(cls(_REFUSALS.get(cls, "the engine ended this request")))
-                    continue
-                flight.push(
-                    Token(
-                        part.first + row.branch,
-                        row.token,
-                        FinishCode(row.finish),
-                        batch_size,
-                        row.queue_wait_us,
-                        now,
-                        row.logprob,
-                        row.top,
-                    )
-                )
         # prompts with log-probabilities come in hundreds of records: others want their turn
         asyncio.get_running_loop().call_soon(self._guarded, self._on_tokens, link)
 
+    def _read_record(self, link: InstanceLink, ends: LinkEnds) -> bool:
+        """Hand the rows of the oldest record out; False when there is none."""
+        slot = ends.tokens.take()
+        if slot is None:
+            return False
+        batch_size, rows = layout.read_tokens(slot)
+        ends.tokens.release()
+        now = self.last_token_at = time.monotonic()
+        for row in rows:
+            part = self._parts.get(row.request_id)
+            if part is None or row.branch in part.ended:
+                continue  # aborted; the step was already under way
+            flight = part.flight
+            if row.rank:
+                part.prompt_rows.append(PromptRow(row.token, row.logprob, row.rank, row.top))
+                continue
+            if row.finish:
+                part.ended.add(row.branch)
+                if len(part.ended) == flight.branches:
+                    self._forget(part)
+                elif row.error:
+                    self._close_part(part)  # nobody waits for its other branches any more
+            if row.error:
+                cls = _ERRORS[row.error]
+                flight.fail(cls(_REFUSALS.get(cls, "the engine ended this request")))
+                continue
+            part.outputs[row.branch].append(row.token)
+            flight.push(
+                Token(
+                    part.first + row.branch,
+                    row.token,
+                    FinishCode(row.finish),
+                    batch_size,
+                    row.queue_wait_us,
+                    now,
+                    row.logprob,
+                    row.top,
+                )
+            )
+        return True
+
     def _on_events(self, link: InstanceLink) -> None:
-        for message in link.events.receive():
+        if link.ends is None:
+            return
+        for message in link.ends.events.receive():
             if isinstance(message, EngineReady):
                 link.ready = message
-                if all(other.ready is not None for other in self._links):
-                    self._all_ready.set()
+                self._run(self._begin_to_serve(link, message))
             elif isinstance(message, EngineStats):
                 link.stats = message
             elif isinstance(message, LoraDone):
@@ -383,13 +432,16 @@ class EngineClient:
                 log.warning("unexpected %s on the event channel", type(message).__name__)
 
 
-def _check_up(link: InstanceLink) -> None:
-    if link.down is not None:
-        raise ServiceUnavailable("the model instance died; try again later", retry_after_s=5)
+def _serves(link: InstanceLink) -> bool:
+    return link.serving
+
+
+def _load(link: InstanceLink) -> int:
+    return link.num_parts
 
 
 def _occupancy(link: InstanceLink) -> Occupancy:
-    total = link.ready.num_blocks if link.ready else 0
+    total = link.ready.num_blocks if link.ready and link.serving else 0
     if link.stats is None:  # nothing has run yet
         return Occupancy(0, 0, 0, total, total)
     stats = link.stats

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from endpoint.detokenizer import IncrementalDetokenizer, StopStrings
-from endpoint.engine_client import EngineClient, Flight, PromptRow, Token
+from endpoint.engine_client import EngineClient
+from endpoint.flights import Flight, PromptRow, Token
 from endpoint.metrics import Metrics
 from endpoint.protocols.base import (
     NO_TOKEN,

@@ -34,7 +34,17 @@ from endpoint.tokenizer import TokenizerPool
 from endpoint.tools.registry import FORMATS, detect
 from engine.errors import EXIT_INIT, StartupError
 from engine.settings import ChatSettings, Listener
-from engine.wire.messages import Drain, InstanceDown, Progress, Ready, StopRequested
+from engine.wire.messages import (
+    Drain,
+    InstanceDown,
+    InstanceUp,
+    Linked,
+    Message,
+    Progress,
+    Quiet,
+    Ready,
+    StopRequested,
+)
 
 log = logging.getLogger("server.endpoint")
 
@@ -43,6 +53,7 @@ _KEEP_ALIVE_S = 75.0
 _WINDOW = 1000
 _FORCED_STOP_S = 5.0  # of /stopService?mode=Force
 _ANSWER_S = 0.1
+_BEATS = 4  # signs of life within the time limit
 _BACKLOG = 1024
 _ACCEPTS_PER_TURN = 16
 
@@ -75,6 +86,7 @@ class _Endpoint:
         )
         self._management = ManagementPlane(given.settings, given.schedule, given.model, self._metrics)
         self._health = self._management.health
+        self._health.num_instances = len(given.wires)
         self._started = int(time.time())
         self._runners: list[web.AppRunner] = []
 
@@ -83,19 +95,22 @@ class _Endpoint:
         loop = asyncio.get_running_loop()
         self._drain: asyncio.Future[float] = loop.create_future()
         self._control = given.control.channel
-        self._engine = self._management.engine = EngineClient(given.wires, given.control.context)
-        self._adapters = self._management.adapters = AdapterRegistry(
-            given.model.lora, given.model.name, self._engine
+        self._engine = self._management.engine = EngineClient(
+            given.wires, given.control.context, lambda has: self._adapters.wanted(has), self._on_serving
         )
-        loop.add_reader(self._control.fileno(), self._on_control)
+        self._adapters = self._management.adapters = AdapterRegistry(
+            given.model.lora, given.model.name, self._engine, adopts=given.replaces_another
+        )
+        loop.add_reader(self._control.fileno(), self._hear_parent)
         loop.add_signal_handler(signal.SIGTERM, self._stop_within, 0.0)
+        beat = asyncio.create_task(self._show_life())
 
         # Health answers while the model loads; a listener for inference alone refuses until it is ready.
         listeners = list(zip(given.settings.listeners, given.sockets, strict=True))
         for listener, sock in listeners:
             if "management" in listener.planes:
                 await self._listen(listener, sock)
-        self._on_control()  # what came before the reader was installed gives no edge
+        self._hear_parent()  # what came before the reader was installed gives no edge
         service = await self._unless_stopped(self._make_service())
         if service is not None:
             self._business.service = service
@@ -106,10 +121,9 @@ class _Endpoint:
                     await self._listen(listener, sock)
             watcher = asyncio.create_task(service.watch_deadlines())
             self._health.ready = True
-            self._control.send(Ready(f"{len(listeners)} listeners open"))
-            self._on_control()  # sending may have taken the edge of what arrived meanwhile
-            # neither the watcher nor the engine's future ends but by a failure, which must end the process
-            failures: set[asyncio.Future[Any]] = {watcher, self._engine.failure}
+            self._tell_parent(Ready(f"{len(listeners)} listeners open"))
+            # none of these ends but by a failure, which must end the process
+            failures: set[asyncio.Future[Any]] = {watcher, self._engine.failure, beat}
             await asyncio.wait({self._drain, *failures}, return_when=_FIRST)
             for failure in failures:
                 if failure.done():
@@ -119,7 +133,15 @@ class _Endpoint:
             await service.drained(self._drain.result())
             watcher.cancel()
             await self._grammars.close()
+        beat.cancel()
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
+
+    async def _show_life(self) -> None:
+        """Runs for ever: a loop that is stuck is an endpoint to be replaced."""
+        limit_s = self._given.step_timeout_s
+        while True:
+            self._given.pulse.expect_within(limit_s)
+            await asyncio.sleep(limit_s / _BEATS)
 
     async def _stop_over_http(self, service: GenerationService, force: bool) -> None:
         self._health.stopping = True
@@ -128,7 +150,7 @@ class _Endpoint:
             await service.idle()
         # the answer leaves first: the parent's Drain closes this listener
         drain_s = _FORCED_STOP_S if force else 0.0
-        asyncio.get_running_loop().call_later(_ANSWER_S, self._control.send, StopRequested(drain_s))
+        asyncio.get_running_loop().call_later(_ANSWER_S, self._tell_parent, StopRequested(drain_s))
 
     def _occupancy(self) -> Sequence[Occupancy]:
         return self._engine.occupancy()
@@ -155,7 +177,8 @@ class _Endpoint:
             chat_template=given.model.chat.template,
         )
         tokenizer = await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), load_tokenizer)
-        ready = await self._engine.wait_ready()
+        # beside the other instances, one that is being replaced is no reason to keep clients waiting
+        ready = await self._engine.wait_ready(every=not given.replaces_another)
         info = ModelInfo(
             name=given.model.name,
             vocab_size=ready.vocab_size,
@@ -203,6 +226,13 @@ class _Endpoint:
 
     # -- from the parent ----------------------------------------------------------------------------
 
+    def _hear_parent(self) -> None:
+        """An event loop only logs what a callback raises; here it is the end of this process."""
+        try:
+            self._on_control()
+        except Exception as error:
+            self._engine.fail(error)
+
     def _on_control(self) -> None:
         for message in self._control.receive():
             match message:
@@ -210,12 +240,23 @@ class _Endpoint:
                     self._stop_within(message.deadline_s)
                 case Progress():
                     self._health.note_progress(message.instance, message.phase, message.fraction)
+                case InstanceUp():
+                    self._engine.open_instance(message.instance, message.generation)
                 case InstanceDown():
-                    self._health.ready = False
-                    self._health.failed = f"instance {message.instance} died: {message.reason}"
-                    self._engine.instance_down(message.instance, message.reason)
+                    self._health.instance_down(message.instance, message.reason, final=message.final)
+                    generation = self._engine.close_instance(message.instance, final=message.final)
+                    self._control.send(Quiet(message.instance, generation))
                 case _:
                     log.warning("unexpected %s on the control channel", type(message).__name__)
+
+    def _on_serving(self, instance: int, generation: int) -> None:
+        self._health.instance_up(instance)
+        self._tell_parent(Linked(instance, generation))
+
+    def _tell_parent(self, message: Message) -> None:
+        self._control.send(message)
+        # sending may have taken the edge of what arrived meanwhile
+        asyncio.get_running_loop().call_soon(self._hear_parent)
 
     def _stop_within(self, deadline_s: float) -> None:
         if not self._drain.done():

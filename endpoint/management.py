@@ -25,13 +25,24 @@ from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
 class Health:
     """Written by main.py as things happen.
 
-    `progress`: loading phase per instance, until ready.
+    `progress`: loading phase per instance, until ready. `down`: why an instance is not there.
     """
 
+    num_instances: int = 1
     ready: bool = False
     stopping: bool = False
     failed: str | None = None
     progress: dict[int, str] = field(default_factory=dict)
+    down: dict[int, str] = field(default_factory=dict)
+
+    def instance_down(self, instance: int, reason: str, *, final: bool) -> None:
+        self.down[instance] = reason
+        self.progress.pop(instance, None)
+        if final:
+            self.failed = f"instance {instance} died: {reason}"
+
+    def instance_up(self, instance: int) -> None:
+        self.down.pop(instance, None)
 
     def note_progress(self, instance: int, phase: str, fraction: float) -> None:
         self.progress[instance] = f"{phase} {fraction * 100:.0f} %"
@@ -42,10 +53,11 @@ class Health:
             return 503, "the service is stopping"
         if self.failed is not None:
             return 500, self.failed
-        if self.ready:
+        if self.ready and len(self.down) < self.num_instances:
             return 200, ""
         phases = ", ".join(f"instance {i}: {phase}" for i, phase in sorted(self.progress.items()))
-        return loading_status, f"loading; {phases}" if phases else "loading"
+        what = "restarting a model instance" if self.ready else "loading"
+        return loading_status, f"{what}; {phases}" if phases else what
 
 
 class ManagementPlane:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from endpoint.admission import Admission
-from endpoint.engine_client import EngineClient, Flight
+from endpoint.engine_client import EngineClient
+from endpoint.flights import Flight
 from endpoint.generation_stream import GenerationStream
 from endpoint.grammars import GrammarChecker
 from endpoint.metrics import Metrics
@@ -119,10 +120,10 @@ class GenerationService:
         admitted = False
         try:
             try:
-                self._check_accepting()
+                self._check_accepting(admitted=False)
                 await self._admission.enter()
                 admitted = True
-                self._check_accepting()  # the wait may have been long
+                self._check_accepting(admitted=True)  # the wait may have been long
                 encoded = await self._encode(request)
                 if request.reasoning:
                     encoded = [self._open_reasoning(request, ids) for ids in encoded]
@@ -200,12 +201,13 @@ class GenerationService:
 
     # -- the parts of open --------------------------------------------------------------------------
 
-    def _check_accepting(self) -> None:
+    def _check_accepting(self, *, admitted: bool) -> None:
+        """What has been admitted waits for an instance that is being replaced; what is new is refused."""
         if self._stopping:
             raise ServiceUnavailable(
                 "service has been stopped; send the request to another server", retry_after_s=5
             )
-        if not self._engine.available:
+        if not (self._engine.available or (admitted and self._engine.recovering)):
             raise ServiceUnavailable(
                 "the model is not ready; see /v2/health/live for the progress", retry_after_s=5
             )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Protocol
 
 from engine.scheduler import Scheduler
-from engine.wire.channel import Channel
 from engine.wire.messages import LoraDone, LoraLoad, LoraUnload
 
 _NONE_HERE = "this worker takes no adapters (modelInstanceType StandardMock)"
@@ -17,6 +16,9 @@ class AdapterStore(Protocol):
     """Where an instance keeps its adapters."""
 
     def __contains__(self, name: object) -> bool: ...
+
+    def loaded(self) -> Sequence[tuple[str, str]]:
+        """Name and directory of each."""
 
     def load(self, name: str, path: str) -> None:
         """Begin loading; returns at once."""
@@ -34,11 +36,13 @@ class AdapterStore(Protocol):
 class AdapterDesk:
     """Carries out LoraLoad and LoraUnload between steps, and answers each with one LoraDone."""
 
-    def __init__(self, store: AdapterStore | None, scheduler: Scheduler, events: Channel) -> None:
+    def __init__(
+        self, store: AdapterStore | None, scheduler: Scheduler, send: Callable[[LoraDone], None]
+    ) -> None:
         """`store`: None where there are no weights to adapt."""
         self._store = store
         self._scheduler = scheduler
-        self._events = events
+        self._send = send
         self._leaving: set[str] = set()
 
     def filenos(self) -> list[int]:
@@ -51,7 +55,7 @@ class AdapterDesk:
 
     def receive(self, command: LoraLoad | LoraUnload) -> None:
         if self._store is None:
-            self._events.send(LoraDone(command.name, _NONE_HERE))
+            self._send(LoraDone(command.name, _NONE_HERE))
         elif isinstance(command, LoraLoad):
             self._store.load(command.name, command.path)
         else:
@@ -62,10 +66,10 @@ class AdapterDesk:
         if self._store is None:
             return
         for name, error in self._store.take_loaded():
-            self._events.send(LoraDone(name, error))
+            self._send(LoraDone(name, error))
         if self._leaving:
             groups = chain(self._scheduler.waiting, self._scheduler.running)
             for name in self._leaving - {group.params.lora for group in groups}:
                 self._store.remove(name)
                 self._leaving.discard(name)
-                self._events.send(LoraDone(name, ""))
+                self._send(LoraDone(name, ""))

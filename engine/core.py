@@ -10,19 +10,32 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from engine.adapters import AdapterDesk, AdapterStore
-from engine.errors import EngineBug, InvalidRequest
+from engine.endpoint_link import EndpointLink
+from engine.errors import InvalidRequest
 from engine.executor import Executor
 from engine.outcome import FinishCode, Outcome
+from engine.plan import StepPlan
 from engine.scheduler import Scheduler
 from engine.sequence import SequenceGroup
-from engine.wire import layout
 from engine.wire.channel import Channel
-from engine.wire.messages import Abort, EngineStats, LoraLoad, LoraUnload, Submit
-from engine.wire.ring import RingReader, RingWriter
+from engine.wire.messages import (
+    Abort,
+    EndpointDown,
+    EndpointUp,
+    EngineStats,
+    LoraLoad,
+    LoraUnload,
+    Quiet,
+    Submit,
+)
+from engine.wire.vitals import Pulse
 
 log = logging.getLogger("llm.core")
 
 _STATS_EVERY_S = 1.0
+_GREETING_S = 0.01  # between two tries to reach a new endpoint
+_TOKEN_LIMIT_S = 0.02  # what each token of a step adds to its time limit: 50 tokens/s are slow everywhere
+_WAKES = 4  # how often an idle loop shows that it lives, within its time limit
 
 
 @dataclass(slots=True)
@@ -38,14 +51,12 @@ class StepTimes:
 
 
 @dataclass(slots=True)
-class EngineLinks:
-    """An instance's ends of its channels to the endpoint."""
+class Watched:
+    """How the parent watches over this process."""
 
-    instance: int
-    commands: Channel  # Submit, Abort, LoraLoad, LoraUnload
-    events: Channel  # EngineReady, EngineStats, LoraDone
-    prompts: RingReader
-    tokens: RingWriter
+    control: Channel  # EndpointDown, EndpointUp in; Quiet out
+    pulse: Pulse
+    step_timeout_s: float  # of a step, besides what its tokens add
 
 
 @dataclass(slots=True)
@@ -56,9 +67,11 @@ class EngineCore:
     is worse than a dead one.
     """
 
+    instance: int
     scheduler: Scheduler
     executor: Executor
-    links: EngineLinks
+    link: EndpointLink
+    watched: Watched
     adapters: AdapterStore | None = None  # None: there are no weights that could be adapted
     times: StepTimes = field(default_factory=StepTimes)
     desk: AdapterDesk = field(init=False)
@@ -66,7 +79,7 @@ class EngineCore:
     _was_busy: bool = False
 
     def __post_init__(self) -> None:
-        self.desk = AdapterDesk(self.adapters, self.scheduler, self.links.events)
+        self.desk = AdapterDesk(self.adapters, self.scheduler, self.link.send)
 
     def run(self) -> NoReturn:
         while True:
@@ -80,16 +93,16 @@ class EngineCore:
         self.desk.settle()
         received = clock()
         plan = self.scheduler.schedule(time.monotonic())
-        refused = self.scheduler.take_refused()
-        if refused:
-            self._publish(refused, batch_size=0, step_us=0)
         if plan is None:
+            self._publish(self.scheduler.take_refused(), batch_size=0, step_us=0)
             self._wait()
             return
+        self._promise(plan)
         scheduled = clock()
         sampled = self.executor.run(plan)
         computed = clock()
-        outcomes = self.scheduler.commit(plan, sampled, time.monotonic())
+        # nothing may be published between schedule and commit: it may find out that the endpoint is gone
+        outcomes = [*self.scheduler.take_refused(), *self.scheduler.commit(plan, sampled, time.monotonic())]
         committed = clock()
         self._publish(outcomes, plan.num_rows, int((computed - scheduled) * 1e6))
         published = clock()
@@ -104,7 +117,8 @@ class EngineCore:
     # -- in -----------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        for message in self.links.commands.receive():
+        self._obey()
+        for message in self.link.receive():
             if isinstance(message, Submit):
                 self._admit(message)
             elif isinstance(message, Abort):
@@ -114,39 +128,65 @@ class EngineCore:
             else:
                 log.warning("unexpected %s on the command channel", type(message).__name__)
 
+    def _obey(self) -> None:
+        """What the parent says about the endpoint."""
+        for message in self.watched.control.receive():
+            if isinstance(message, EndpointDown):
+                dropped = self.scheduler.abort_all()
+                self.link.close()
+                self.watched.control.send(Quiet(self.instance, self.link.generation))
+                log.warning("the endpoint is gone: %d request(s) dropped", dropped)
+            elif isinstance(message, EndpointUp):
+                self.link.open(message.generation)
+            else:
+                log.warning("unexpected %s on the control channel", type(message).__name__)
+
     def _admit(self, submit: Submit) -> None:
-        slot = self.links.prompts.take()
-        if slot is None:
-            raise EngineBug(f"request {submit.request_id} has no prompt on the ring")
-        request_id, ids = layout.read_prompt(slot)
-        self.links.prompts.release()
-        if request_id != submit.request_id or len(ids) != submit.num_prompt_tokens:
-            raise EngineBug(f"request {submit.request_id}: the ring holds the prompt of {request_id}")
+        ids = self.link.take_prompt(submit)
         if not self.desk.serves(submit.sampling.lora):  # unloaded while the request was on its way here
             rows = range(submit.sampling.branches)
-            refused = [Outcome(request_id, row, -1, FinishCode.ERROR, InvalidRequest, 0) for row in rows]
+            refused = [
+                Outcome(submit.request_id, row, -1, FinishCode.ERROR, InvalidRequest, 0) for row in rows
+            ]
             self._publish(refused, batch_size=0, step_us=0)
             return
-        self.scheduler.add(
-            SequenceGroup(request_id, ids, submit.sampling, priority=submit.priority, now=time.monotonic())
+        prompt = ids[: submit.num_prompt_tokens]
+        group = SequenceGroup(
+            submit.request_id, prompt, submit.sampling, priority=submit.priority, now=time.monotonic()
         )
+        group.resume(submit.outputs, ids[submit.num_prompt_tokens :])
+        self.scheduler.add(group)
 
     def _wait(self) -> None:
         """Sleep until a message comes or the head of the waiting queue becomes due."""
         self._send_stats(idle=not self.scheduler.has_work)
-        timeout = self.scheduler.seconds_until_due(time.monotonic())
-        select.select([self.links.commands.fileno(), *self.desk.filenos()], [], [], timeout)
+        limit_s = self.watched.step_timeout_s
+        timeout = limit_s / _WAKES
+        due = self.scheduler.seconds_until_due(time.monotonic())
+        if due is not None:
+            timeout = min(timeout, due)
+        if not self.link.greet():
+            timeout = min(timeout, _GREETING_S)
+        # sending may have taken the edge of what arrived meanwhile
+        self._obey()
+        self.watched.pulse.expect_within(limit_s)
+        readers = [self.watched.control.fileno(), *self.desk.filenos()]
+        if (commands := self.link.fileno()) is not None:
+            readers.append(commands)
+        select.select(readers, [], [], timeout)
+
+    def _promise(self, plan: StepPlan) -> None:
+        self.watched.pulse.expect_within(self.watched.step_timeout_s + plan.num_tokens * _TOKEN_LIMIT_S)
 
     # -- out ----------------------------------------------------------------------------------------
 
     def _publish(self, outcomes: Seq[Outcome], batch_size: int, step_us: int) -> None:
-        for piece in layout.token_records(outcomes):
-            while (slot := self.links.tokens.reserve()) is None:
-                # The endpoint is behind by the whole ring: computing more would only grow the backlog.
-                if not self.links.tokens.wait_free(1.0):
-                    log.warning("the endpoint has not read tokens for a second; waiting")
-            layout.write_tokens(slot, self.times.steps, batch_size, step_us, piece)
-            self.links.tokens.commit()
+        if outcomes:
+            self.link.publish(outcomes, self.times.steps, batch_size, step_us, self._while_full)
+
+    def _while_full(self) -> None:
+        self.watched.pulse.expect_within(self.watched.step_timeout_s)
+        self._obey()
 
     def _send_stats(self, *, idle: bool = False) -> None:
         now = time.monotonic()
@@ -158,9 +198,9 @@ class EngineCore:
         self._was_busy = not idle
         self._stats_sent = now
         scheduler = self.scheduler
-        self.links.events.send(
+        self.link.send(
             EngineStats(
-                instance=self.links.instance,
+                instance=self.instance,
                 waiting=len(scheduler.waiting),
                 running=len(scheduler.running),
                 preemptions=scheduler.num_preemptions,

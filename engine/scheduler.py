@@ -78,6 +78,11 @@ class Scheduler:
             self._finish(group)
         return True
 
+    def abort_all(self) -> int:
+        """End every request without a record; how many there were."""
+        self._refused.clear()
+        return sum([self.abort(request_id) for request_id in list(self._by_id)])
+
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)

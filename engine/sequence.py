@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from engine.errors import EngineBug
 from engine.sampling_params import SamplingParams, branch_seed
+from engine.wire.messages import ENDED
 
 if TYPE_CHECKING:
     from engine.beam import BeamSearch
@@ -127,6 +129,23 @@ class SequenceGroup:
         if to not in _NEXT[self._status]:
             raise EngineBug(f"request {self.request_id}: {self._status.name} -> {to.name}")
         self._status = to
+
+    def resume(self, outputs: Seq[int], ids: TokenArray) -> None:
+        """Take up what another process has begun, as after a preemption.
+
+        `outputs`: how many tokens each branch has already, ENDED for one that is over; () for a new request.
+        `ids`: those tokens, one branch after the other.
+        """
+        start = 0
+        for seq, count in zip(self.sequences, outputs, strict=bool(outputs)):
+            seq.ended = count == ENDED
+            if count > 0:
+                seq.tokens[seq.num_prompt : seq.num_prompt + count] = ids[start : start + count]
+                seq.num_tokens += count
+                start += count
+        if start:
+            for seq in self.sequences:
+                seq.prompt_told = True
 
     @property
     def live(self) -> list[Sequence]:

@@ -137,6 +137,7 @@ class ServerSettings:
     log: LogSettings
     device_ids: tuple[tuple[int, ...], ...]  # one inner tuple per model instance
     worker_init_timeout_s: int
+    step_timeout_s: int  # a child that shows no sign of life for longer is replaced
     graceful_stop_timeout_s: int
     ipc_dir: Path | None  # None: a private directory under the system's temporary directory
     warnings: tuple[str, ...]  # to be logged once the log is open

@@ -43,7 +43,8 @@ import torch
 import zmq
 
 from engine.block_manager import BlockManager
-from engine.core import EngineCore, EngineLinks
+from engine.core import EngineCore, Watched
+from engine.endpoint_link import EndpointLink, LinkEnds
 from engine.errors import StartupError
 from engine.executor import Sampled
 from engine.plan import StepKind, StepPlan, build_plan
@@ -53,7 +54,9 @@ from engine.sequence import SequenceGroup
 from engine.settings import ModelSettings, ScheduleSettings
 from engine.wire import layout, sizes
 from engine.wire.channel import Channel
+from engine.wire.messages import EngineReady
 from engine.wire.ring import RingReader, RingWriter, create_ring
+from engine.wire.vitals import Vitals
 from worker.batch import make_batch
 from worker.executor import LeaderExecutor
 from worker.runner import ModelRunner
@@ -90,9 +93,10 @@ class ProbingExecutor:
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """The engine's links, and the far ends that the endpoint would have."""
+    """The engine's own ends, and the far ones that endpoint and parent would have."""
 
-    links: EngineLinks
+    link: EndpointLink
+    watched: Watched
     tokens: RingReader
     events: Channel
 
@@ -111,17 +115,20 @@ def make_ends() -> Iterator[Ends]:
     tokens = create_ring(f"{name}_token", sizes.TOKEN_SLOTS, sizes.TOKEN_SLOT_BYTES)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     events = Channel(context, zmq.PULL, "inproc://events", bind=True)
-    links = EngineLinks(
-        instance=0,
+    control = Channel(context, zmq.PULL, "inproc://control", bind=True)
+    ends = LinkEnds(
         commands=Channel(context, zmq.PULL, "inproc://commands", bind=True),
         events=Channel(context, zmq.PUSH, "inproc://events"),
         prompts=RingReader(prompts),
         tokens=RingWriter(tokens),
     )
+    link = EndpointLink(lambda generation: ends, lambda: EngineReady(0, 1, 1, 1, 1, "cpu", ""))
+    link.open(0)
     try:
-        yield Ends(links, RingReader(tokens), events)
+        yield Ends(link, Watched(control, Vitals(1).pulse(0), 3600.0), RingReader(tokens), events)
     finally:
-        for channel in (links.commands, links.events, events):
+        link.close()
+        for channel in (control, events):
             channel.close()
         context.term()
 
@@ -187,7 +194,7 @@ def profile(
     """Seconds of each part for `steps` decode steps of a full batch, and of each prefill step as a whole."""
     executor = ProbingExecutor(LeaderExecutor(runner, Sampler(runner.vocab_size)), limits.block_size)
     blocks = BlockManager(blocks_needed(limits), limits.block_size)
-    core = EngineCore(Scheduler(limits, blocks, runner.eos_token_ids), executor, ends.links)
+    core = EngineCore(0, Scheduler(limits, blocks, runner.eos_token_ids), executor, ends.link, ends.watched)
     batch = limits.max_batch_size
     prompts = np.random.default_rng(seed).integers(0, runner.vocab_size, (batch, context), np.int32)
     params = SamplingParams(max_tokens=limits.max_iter_times, ignore_eos=True)

@@ -152,8 +152,8 @@ class Daemon:
         return psutil.Process(self.pid).children()
 
     def child(self, role: str) -> psutil.Process:
-        """The child whose start was logged with `role=<role>`."""
-        for line in self.stderr.splitlines():
+        """The newest child whose start was logged with `role=<role>`."""
+        for line in reversed(self.stderr.splitlines()):
             if f"role={role}" in line and "started" in line:
                 return psutil.Process(int(line.split("pid=")[1].split()[0]))
         raise AssertionError(f"no {role} in the log")

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import zmq
 
-from engine.core import EngineLinks
-from engine.errors import EXIT_INIT, StartupError
+from engine.core import Watched
+from engine.endpoint_link import EndpointLink, LinkEnds
 from engine.wire.channel import Channel
+from engine.wire.messages import EngineReady
 from engine.wire.ring import RingReader, RingWriter
 from worker.context import WorkerContext
 
-_CONNECT_S = 30.0  # the endpoint binds long before a model is loaded
 
-
-def open_links(given: WorkerContext) -> EngineLinks:
-    """Raises StartupError when the endpoint is not there."""
+def open_link(given: WorkerContext, greeting: Callable[[], EngineReady]) -> EndpointLink:
+    """The link of the generation this worker was born with; later ones are opened by the step loop."""
     context, wire = given.control.context, given.wire
-    links = EngineLinks(
-        instance=wire.instance,
-        commands=Channel(context, zmq.PULL, wire.command_address, bind=True),
-        events=Channel(context, zmq.PUSH, wire.event_address),
-        prompts=RingReader(wire.prompt_ring),
-        tokens=RingWriter(wire.token_ring),
-    )
-    if not links.events.wait_connected(_CONNECT_S):
-        raise StartupError("the endpoint process did not open its event channel", EXIT_INIT)
-    return links
+
+    def ends(generation: int) -> LinkEnds:
+        return LinkEnds(
+            commands=Channel(context, zmq.PULL, wire.command_address(generation), bind=True),
+            events=Channel(context, zmq.PUSH, wire.event_address(generation)),
+            prompts=RingReader(wire.prompt_ring, generation),
+            tokens=RingWriter(wire.token_ring, generation),
+        )
+
+    link = EndpointLink(ends, greeting)
+    link.open(given.generation)
+    return link
+
+
+def watched(given: WorkerContext) -> Watched:
+    return Watched(given.control.channel, given.pulse, given.step_timeout_s)

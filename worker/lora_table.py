@@ -41,12 +41,18 @@ class LoraTable:
         self._platform = platform
         self._settings = settings
         self._installed: dict[str, Adapter] = {}
-        self._read: deque[tuple[str, Adapter | str]] = deque()  # by threads: the adapter, or what is wrong
+        self._paths: dict[str, Path] = {}  # of the installed ones
+        # by threads: the name, its directory, and the adapter or what is wrong with it
+        self._read: deque[tuple[str, Path, Adapter | str]] = deque()
         self._under_way = 0
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def __contains__(self, name: object) -> bool:
         return name in self._installed
+
+    def loaded(self) -> list[tuple[str, str]]:
+        """Name and directory of each."""
+        return [(name, str(path)) for name, path in self._paths.items()]
 
     def fileno(self) -> int:
         """Readable when `take_loaded` has something to do."""
@@ -57,7 +63,7 @@ class LoraTable:
     def load_static(self, modules: Sequence[LoraModule]) -> None:
         """Raises StartupError for the first that does not fit."""
         for module in modules:
-            self._install(module.name, self._read_now(module.path))
+            self._install(module.name, module.path, self._read_now(module.path))
 
     def load(self, name: str, path: str) -> None:
         """Begin reading; `take_loaded` tells of the end. Steps go on meanwhile."""
@@ -74,9 +80,9 @@ class LoraTable:
             return []
         self._under_way -= count
         done = []
-        for name, result in (self._read.popleft() for _ in range(count)):
+        for name, path, result in (self._read.popleft() for _ in range(count)):
             if isinstance(result, Adapter):
-                self._install(name, result)
+                self._install(name, path, result)
                 result = ""
             done.append((name, result))
         return done
@@ -85,14 +91,16 @@ class LoraTable:
         """An unknown name is fine."""
         adapter = self._installed.pop(name, None)
         if adapter is not None:
+            del self._paths[name]
             for layer, _ in adapter.deltas:
                 layer.deltas.pop(name, None)
             log.info("adapter %s unloaded", name)
 
-    def _install(self, name: str, adapter: Adapter) -> None:
+    def _install(self, name: str, path: Path, adapter: Adapter) -> None:
         for layer, delta in adapter.deltas:
             layer.deltas[name] = delta
         self._installed[name] = adapter
+        self._paths[name] = path
         log.info("adapter %s loaded: rank %d, %.1f MiB", name, adapter.rank, adapter.num_bytes / 2**20)
 
     def _read_aside(self, name: str, path: Path) -> None:
@@ -105,7 +113,7 @@ class LoraTable:
         except Exception as error:  # whatever it is, it is this adapter's failure and nobody else's
             log.exception("adapter %s", name)
             result = f"{path}: cannot be read: {type(error).__name__}"
-        self._read.append((name, result))
+        self._read.append((name, path, result))
         os.eventfd_write(self._wake, 1)
 
     def _read_now(self, path: Path) -> Adapter:

@@ -14,7 +14,7 @@ from engine.wire.messages import EngineReady, Progress, Ready
 from worker.context import WorkerContext
 from worker.executor import LeaderExecutor
 from worker.grammar import GrammarBook
-from worker.links import open_links
+from worker.links import open_link, watched
 from worker.masks.client import MaskClient
 from worker.masks.keeper import Vocabulary
 from worker.runner import ModelRunner
@@ -45,14 +45,9 @@ def run_worker(given: WorkerContext) -> NoReturn:
 
     max_seq_len = runner.max_seq_len
     schedule = replace(given.schedule, max_seq_len=max_seq_len)
-    core = EngineCore(
-        Scheduler(schedule, BlockManager(num_blocks, schedule.block_size), runner.eos_token_ids),
-        LeaderExecutor(runner, Sampler(runner.vocab_size, runner.eos_token_ids, grammars)),
-        open_links(given),
-        adapters=runner.adapters,
-    )
-    core.links.events.send(
-        EngineReady(
+
+    def greeting() -> EngineReady:
+        return EngineReady(
             instance=wire.instance,
             vocab_size=runner.vocab_size,
             max_prompt_tokens=min(schedule.max_input_len, max_seq_len - 1),
@@ -60,7 +55,16 @@ def run_worker(given: WorkerContext) -> NoReturn:
             num_blocks=num_blocks,
             device=runner.device_name,
             dtype=str(runner.dtype).removeprefix("torch."),
+            adapters=tuple(runner.adapters.loaded()),
         )
+
+    core = EngineCore(
+        wire.instance,
+        Scheduler(schedule, BlockManager(num_blocks, schedule.block_size), runner.eos_token_ids),
+        LeaderExecutor(runner, Sampler(runner.vocab_size, runner.eos_token_ids, grammars)),
+        open_link(given, greeting),
+        watched(given),
+        adapters=runner.adapters,
     )
     control.send(
         Ready(

@@ -29,7 +29,7 @@ from engine.wire.messages import EngineReady, Ready
 from worker.config_values import ConfigValues
 from worker.context import WorkerContext
 from worker.hf_config import eos_token_ids
-from worker.links import open_links
+from worker.links import open_link, watched
 
 Ids = NDArray[np.int32]
 
@@ -87,14 +87,9 @@ def run_mock_worker(given: WorkerContext) -> NoReturn:
     vocab_size, eos = read_vocabulary(model.weight_path)
     num_blocks = count_mock_blocks(model, schedule)
     schedule = replace(schedule, max_input_len=min(schedule.max_input_len, schedule.max_seq_len - 1))
-    links = open_links(given)
-    core = EngineCore(
-        Scheduler(schedule, BlockManager(num_blocks, schedule.block_size), eos),
-        EchoExecutor(vocab_size, len(eos)),
-        links,
-    )
-    links.events.send(
-        EngineReady(
+
+    def greeting() -> EngineReady:
+        return EngineReady(
             instance=given.wire.instance,
             vocab_size=vocab_size,
             max_prompt_tokens=schedule.max_input_len,
@@ -103,6 +98,13 @@ def run_mock_worker(given: WorkerContext) -> NoReturn:
             device="mock",
             dtype="none",
         )
+
+    core = EngineCore(
+        given.wire.instance,
+        Scheduler(schedule, BlockManager(num_blocks, schedule.block_size), eos),
+        EchoExecutor(vocab_size, len(eos)),
+        open_link(given, greeting),
+        watched(given),
     )
     log.warning(
         "modelInstanceType=StandardMock: %s has no weights loaded, every answer is an echo of its prompt; "

@@ -18,12 +18,18 @@ _TAGS: dict[int, type[m.Message]] = {
     10: m.EngineReady,
     11: m.EngineStats,
     12: m.LoraDone,
+    19: m.Hello,
     20: m.Ready,
     21: m.Fatal,
+    22: m.Quiet,
     23: m.Progress,
     24: m.StopRequested,
+    25: m.Linked,
     30: m.Drain,
     32: m.InstanceDown,
+    33: m.InstanceUp,
+    34: m.EndpointDown,
+    35: m.EndpointUp,
 }
 _TAG_OF = {cls: tag for tag, cls in _TAGS.items()}
 _FIELDS = {cls: tuple(f.name for f in fields(cls)) for cls in (*_TAG_OF, SamplingParams)}

@@ -50,7 +50,14 @@ class TokenRow(NamedTuple):
     top: Sequence[tuple[int, float]]
 
 
+def prompt_pieces(slot_bytes: int, ids: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+    """The ids of one request cut into what fits a slot; nearly always that is one piece."""
+    room = (slot_bytes - PROMPT_HEADER.itemsize) // 4
+    return [ids[start : start + room] for start in range(0, len(ids), room)]
+
+
 def write_prompt(slot: memoryview, request_id: int, ids: NDArray[np.int32]) -> None:
+    """`ids`: one of prompt_pieces."""
     header = np.frombuffer(slot, PROMPT_HEADER, 1)
     header["request_id"] = request_id
     header["num_tokens"] = len(ids)
@@ -58,7 +65,7 @@ def write_prompt(slot: memoryview, request_id: int, ids: NDArray[np.int32]) -> N
 
 
 def read_prompt(slot: memoryview) -> tuple[int, NDArray[np.int32]]:
-    """Request id and a copy of its prompt's ids."""
+    """Request id and a copy of the ids in this slot."""
     header = np.frombuffer(slot, PROMPT_HEADER, 1)[0]
     ids = np.frombuffer(slot, np.int32, int(header["num_tokens"]), PROMPT_HEADER.itemsize)
     return int(header["request_id"]), ids.copy()

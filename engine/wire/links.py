@@ -8,23 +8,31 @@ import zmq
 
 from engine.errors import EXIT_INIT, StartupError
 from engine.wire.channel import Channel
+from engine.wire.messages import Hello
 from engine.wire.ring import Ring
 
-ENDPOINT = "endpoint"
-
-_CONNECT_S = 5.0  # the parent binds right after its last fork
+_CONNECT_S = 5.0  # the parent binds right after its first forks, and before every later one
 _LINGER_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceWire:
-    """Everything between the endpoint and the leader of one instance."""
+    """Everything between the endpoint and the leader of one instance.
+
+    The rings are the same for the life of the daemon. Each time one of the two processes is replaced, the
+    link over them begins anew, with the next generation and channels of its own.
+    """
 
     instance: int
-    command_address: str
-    event_address: str
+    directory: str  # of the socket files
     prompt_ring: Ring
     token_ring: Ring
+
+    def command_address(self, generation: int) -> str:
+        return f"ipc://{self.directory}/cmd.{self.instance}.{generation}"
+
+    def event_address(self, generation: int) -> str:
+        return f"ipc://{self.directory}/evt.{self.instance}.{generation}"
 
 
 class Control:
@@ -36,6 +44,7 @@ class Control:
         self.channel = Channel(self.context, zmq.DEALER, address, identity=identity)
         if not self.channel.wait_connected(_CONNECT_S):
             raise StartupError("the parent process does not answer on its control channel", EXIT_INIT)
+        self.channel.send(Hello())
 
     def close(self) -> None:
         """Close every socket of this process, once its last messages are out or a second has passed."""

@@ -12,12 +12,18 @@ from engine.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """endpoint -> leader. The prompt's ids lie on the prompt ring already, in the same order."""
+    """endpoint -> leader. Its ids lie on the prompt ring already, in the same order: prompt, outputs."""
 
-    request_id: int  # unique for the life of the daemon
+    request_id: int  # unique for the life of the endpoint process
     num_prompt_tokens: int
     priority: int  # 1 (first) .. 5 (last)
+    outputs: tuple[
+        int, ...
+    ]  # of each branch: tokens it has already, ENDED for one without further ones; or ()
     sampling: SamplingParams
+
+
+ENDED = -1  # in Submit.outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ class LoraUnload:
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """leader -> endpoint, once: what this instance can take."""
+    """leader -> endpoint, first on every link: what this instance can take."""
 
     instance: int
     vocab_size: int
@@ -54,6 +60,7 @@ class EngineReady:
     num_blocks: int
     device: str  # "cpu", "cuda" or "npu"
     dtype: str  # "bfloat16", ...
+    adapters: tuple[tuple[str, str], ...] = ()  # name and directory of those it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,11 @@ class Progress:
     instance: int
     phase: str
     fraction: float  # 0..1 of this phase
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """child -> parent, before anything else: messages to this process arrive from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +127,47 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class InstanceDown:
-    """parent -> endpoint: this instance's leader is dead; end its requests with an error."""
+    """parent -> endpoint: this instance is dead. Answered by Quiet."""
 
     instance: int
     reason: str
+    final: bool  # it does not come back: its requests end with an error
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceUp:
+    """parent -> endpoint: this instance's link begins (anew); its leader greets on it when it is ready."""
+
+    instance: int
+    generation: int  # of the link: part of its addresses, and of every record on its rings
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointDown:
+    """parent -> leader: nobody waits for your requests any more. Answered by Quiet."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointUp:
+    """parent -> leader: the link to the new endpoint begins."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quiet:
+    """survivor -> parent: my end of this link is closed; its rings may be reset."""
+
+    instance: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """endpoint -> parent: this instance has greeted, and takes requests (again)."""
+
+    instance: int
+    generation: int
 
 
 Message = (
@@ -130,9 +179,15 @@ Message = (
     | EngineStats
     | LoraDone
     | Progress
+    | Hello
     | Ready
     | Fatal
     | StopRequested
     | Drain
     | InstanceDown
+    | InstanceUp
+    | EndpointDown
+    | EndpointUp
+    | Quiet
+    | Linked
 )

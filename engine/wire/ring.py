@@ -4,6 +4,9 @@ The parent creates a ring before it forks, so memory and eventfds are inherited.
 unlinked as soon as it is mapped: whatever dies, and however, nothing is left behind. `filled` and `free`
 count slots; both are read with one system call that takes all there is, and a system call orders memory on
 every processor (aarch64 does not order plain stores).
+
+When one side has died, the parent resets the ring for its successor, and both ends begin anew with the next
+generation. Each slot carries the generation of its writer, so that nothing of an older one is ever acted on.
 """
 
 from __future__ import annotations
@@ -11,11 +14,18 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import struct
 from dataclasses import dataclass
 
 from engine.errors import EXIT_IPC, StartupError
 
 SHM_DIR = "/dev/shm"
+
+_STAMP = struct.Struct("<Q")  # before each slot: the generation of its writer
+
+
+class RingError(Exception):
+    """What lies on a ring was not written by the other side of this link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +39,24 @@ class Ring:
     free_fd: int  # slots the writer may fill
 
     def slot(self, index: int) -> memoryview:
-        start = (index % self.slots) * self.slot_bytes
+        start = self._start(index) + _STAMP.size
         return memoryview(self.memory)[start : start + self.slot_bytes]
+
+    def stamp(self, index: int, generation: int) -> None:
+        _STAMP.pack_into(self.memory, self._start(index), generation)
+
+    def stamped(self, index: int) -> int:
+        generation: int = _STAMP.unpack_from(self.memory, self._start(index))[0]
+        return generation
+
+    def reset(self) -> None:
+        """Empty it. Nobody may have an end open."""
+        _take_all(self.filled_fd)
+        _take_all(self.free_fd)
+        os.eventfd_write(self.free_fd, self.slots)
+
+    def _start(self, index: int) -> int:
+        return (index % self.slots) * (_STAMP.size + self.slot_bytes)
 
 
 def create_ring(name: str, slots: int, slot_bytes: int) -> Ring:
@@ -38,7 +64,7 @@ def create_ring(name: str, slots: int, slot_bytes: int) -> Ring:
 
     Raises StartupError (exit 7) when the file system is missing or too small for it.
     """
-    size = slots * slot_bytes
+    size = slots * (_STAMP.size + slot_bytes)
     path = os.path.join(SHM_DIR, name)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -73,10 +99,12 @@ def _take_all(fd: int) -> int:
 
 
 class RingWriter:
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: Ring, generation: int = 0) -> None:
         self._ring = ring
+        self._generation = generation
         self._next = 0
         self._free = 0  # slots known to be free
+        self.slots, self.slot_bytes = ring.slots, ring.slot_bytes
 
     def reserve(self) -> memoryview | None:
         """The next slot to fill, or None when the reader has not freed one yet."""
@@ -90,14 +118,16 @@ class RingWriter:
 
     def commit(self) -> None:
         """Hand the reserved slot to the reader."""
+        self._ring.stamp(self._next, self._generation)
         self._next += 1
         self._free -= 1
         os.eventfd_write(self._ring.filled_fd, 1)
 
 
 class RingReader:
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: Ring, generation: int = 0) -> None:
         self._ring = ring
+        self._generation = generation
         self._next = 0
         self._filled = 0  # slots known to be filled
 
@@ -106,10 +136,19 @@ class RingReader:
         return self._ring.filled_fd
 
     def take(self) -> memoryview | None:
-        """The oldest unread slot, valid until `release`; None when there is none."""
+        """The oldest unread slot, valid until `release`; None when there is none.
+
+        Raises RingError when it was written for another generation.
+        """
         if not self._filled:
             self._filled = _take_all(self._ring.filled_fd)
-        return self._ring.slot(self._next) if self._filled else None
+        if not self._filled:
+            return None
+        if self._ring.stamped(self._next) != self._generation:
+            raise RingError(
+                f"a slot of generation {self._ring.stamped(self._next)} on a link of {self._generation}"
+            )
+        return self._ring.slot(self._next)
 
     def release(self) -> None:
         """Give the slot last taken back to the writer."""

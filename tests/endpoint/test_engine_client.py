@@ -6,33 +6,49 @@ import asyncio
 import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import zmq
 
-from endpoint.engine_client import EngineClient, Flight, Token
+from endpoint.engine_client import EngineClient
+from endpoint.flights import Flight, Token
 from engine.errors import EngineFailed, GenerationRefused, ServerError, ServiceUnavailable
 from engine.outcome import FinishCode, Outcome
 from engine.sampling_params import SamplingParams
 from engine.wire import layout, sizes
 from engine.wire.channel import Channel
 from engine.wire.links import InstanceWire
-from engine.wire.messages import Abort, EngineReady, Message, Submit
+from engine.wire.messages import ENDED, Abort, EngineReady, Message, Submit
 from engine.wire.ring import RingReader, RingWriter, create_ring
 
 SLOTS = 3
+SLOT_TOKENS = 64
 
 
 class Engine:
     """The far end of one instance."""
 
-    def __init__(self, wire: InstanceWire, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        self.commands = Channel(context, zmq.PULL, wire.command_address, bind=True)
-        self.prompts = RingReader(wire.prompt_ring)
-        self.tokens = RingWriter(wire.token_ring)
+    def __init__(
+        self, wire: InstanceWire, context: zmq.Context[zmq.Socket[bytes]], generation: int = 0
+    ) -> None:
+        self.instance = wire.instance
+        self.commands = Channel(context, zmq.PULL, wire.command_address(generation), bind=True)
+        self.events = Channel(context, zmq.PUSH, wire.event_address(generation))
+        self.prompts = RingReader(wire.prompt_ring, generation)
+        self.tokens = RingWriter(wire.token_ring, generation)
         self.seen: dict[int, list[int]] = {}  # request -> its prompt
+        self.outputs: dict[int, list[list[int] | None]] = {}  # request -> what its branches have already
         self.aborted: list[tuple[int, int]] = []
+
+    def greet(self) -> None:
+        assert self.events.wait_connected(5.0)
+        self.events.send(EngineReady(self.instance, 100, 64, 128, 10, "cpu", "float32"))
+
+    def die(self) -> None:
+        self.commands.close()
+        self.events.close()
 
     def receive(self) -> None:
         """Read what has come; the ring is emptied as far as messages say."""
@@ -41,12 +57,22 @@ class Engine:
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Submit):
-            slot = self.prompts.take()
-            assert slot is not None
-            request_id, ids = layout.read_prompt(slot)
-            self.prompts.release()
-            assert request_id == message.request_id
-            self.seen[request_id] = ids.tolist()
+            wanted = message.num_prompt_tokens + sum(max(0, count) for count in message.outputs)
+            ids: list[int] = []
+            while len(ids) < wanted:
+                slot = self.prompts.take()
+                assert slot is not None
+                request_id, piece = layout.read_prompt(slot)
+                self.prompts.release()
+                assert request_id == message.request_id
+                ids += piece.tolist()
+            self.seen[message.request_id] = ids[: message.num_prompt_tokens]
+            start = message.num_prompt_tokens
+            outputs: list[list[int] | None] = []
+            for count in message.outputs:
+                outputs.append(None if count == ENDED else ids[start : start + count])
+                start += max(0, count)
+            self.outputs[message.request_id] = outputs
         elif isinstance(message, Abort):
             self.aborted.append((message.request_id, message.branch))
 
@@ -57,33 +83,59 @@ class Engine:
         self.tokens.commit()
 
 
+class Parent:
+    """What the daemon does about the death of an instance."""
+
+    def __init__(
+        self, wires: list[InstanceWire], context: zmq.Context[zmq.Socket[bytes]], client: EngineClient
+    ) -> None:
+        self._wires, self._context, self._client = wires, context, client
+        self._engines: list[Engine] = []  # kept for as long as their sockets are open
+
+    def kill(self, engine: Engine, *, final: bool = False) -> int:
+        engine.die()
+        return self._client.close_instance(engine.instance, final=final)
+
+    async def replace(self, instance: int, generation: int) -> Engine:
+        wire = self._wires[instance]
+        wire.prompt_ring.reset()
+        wire.token_ring.reset()
+        self._client.open_instance(instance, generation)
+        engine = Engine(wire, self._context, generation)
+        self._engines.append(engine)
+        engine.greet()
+        return engine
+
+
 def run(
     folder: Path,
-    work: Callable[[EngineClient, list[Engine]], Awaitable[None]],
+    work: Callable[..., Awaitable[None]],
     instances: int = 1,
 ) -> None:
+    """`work(client, engines)`, or with a third parameter `parent`."""
+
     def wire(number: int) -> InstanceWire:
         name = f"mindie_test_{os.getpid()}_{random.getrandbits(64):x}"
         return InstanceWire(
             number,
-            f"ipc://{folder}/commands{number}",
-            f"ipc://{folder}/events{number}",
-            create_ring(f"{name}p", SLOTS, sizes.prompt_slot_bytes(64)),
+            str(folder),
+            create_ring(f"{name}p", SLOTS, sizes.prompt_slot_bytes(SLOT_TOKENS)),
             create_ring(f"{name}t", SLOTS, sizes.TOKEN_SLOT_BYTES),
         )
 
     async def all_of_it() -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         wires = [wire(number) for number in range(instances)]
-        client = EngineClient(wires, context)
+        client = EngineClient(wires, context, lambda has: has, lambda *_: None)
         engines = [Engine(wire, context) for wire in wires]
-        events = [Channel(context, zmq.PUSH, each.event_address) for each in wires]
+        for number in range(instances):
+            client.open_instance(number, 0)
+        more = (Parent(wires, context, client),) if len(signature(work).parameters) == 3 else ()
         try:
-            for number, channel in enumerate(events):
-                assert channel.wait_connected(5.0)
-                channel.send(EngineReady(number, 100, 64, 128, 10, "cpu", "float32"))
+            for engine in engines:
+                engine.greet()
             await client.wait_ready()
-            await work(client, engines)
+            await work(client, engines, *more)
             assert not client.failure.done()
         finally:
             context.destroy(linger=0)  # while the sockets are still referred to: else each one warns
@@ -142,42 +194,164 @@ def test_parts_are_spread_over_instances(tmp_path: Path) -> None:
         flight = await submit(client, [[1], [2], [3], [4]])
         for engine in engines:
             await until(engine, lambda engine=engine: len(engine.seen) == 2)  # type: ignore[misc]
-        client.instance_down(1, "killed")
-        with pytest.raises(EngineFailed):
-            await flight.next()
         client.close(flight)
-        await until(engines[0], lambda: len(engines[0].aborted) == 2)
-        assert {request for request, _ in engines[0].aborted} == set(engines[0].seen)
+        for engine in engines:
+            await until(engine, lambda engine=engine: len(engine.aborted) == 2)  # type: ignore[misc]
+            assert {request for request, _ in engine.aborted} == set(engine.seen)
 
     run(tmp_path, work, instances=2)
 
 
-@pytest.mark.parametrize("cancelled", [False, True])
-def test_a_submission_that_fails_half_way_leaves_nothing_behind(tmp_path: Path, cancelled: bool) -> None:
-    """The ring is full, so the later parts wait; then the instance dies, or the client goes."""
+def test_a_submission_that_is_cancelled_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The ring is full, so the later parts wait; then the client goes."""
 
     async def work(client: EngineClient, engines: list[Engine]) -> None:
         emptied = engines[0]
         task = asyncio.create_task(submit(client, [[n] for n in range(20)]))
         # each instance gets every second part: the next one has no room on the other's ring
         await until(emptied, lambda: len(emptied.seen) > SLOTS)
-        if cancelled:
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            await until(engines[1], lambda: len(engines[1].aborted) == len(engines[1].seen) == SLOTS)
-        else:
-            client.instance_down(1, "killed")
-            with pytest.raises(ServiceUnavailable):
-                await task
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(engines[1], lambda: len(engines[1].aborted) == len(engines[1].seen) == SLOTS)
         await until(emptied, lambda: len(emptied.aborted) == len(emptied.seen))
         # and nothing is counted as running: the next ones go where there is an instance, one each
         taken = len(emptied.seen)
         flight = await submit(client, [[1], [2]])
-        await until(emptied, lambda: len(emptied.seen) == taken + (1 if cancelled else 2))
+        await until(emptied, lambda: len(emptied.seen) == taken + 1)
         client.close(flight)
 
     run(tmp_path, work, instances=2)
+
+
+def test_F01_what_an_instance_had_goes_on_in_another(tmp_path: Path) -> None:
+    async def work(client: EngineClient, engines: list[Engine], parent: Parent) -> None:
+        flights = [await submit(client, [[n, n]]) for n in range(4)]
+        for engine in engines:
+            await until(engine, lambda engine=engine: len(engine.seen) == 2)  # type: ignore[misc]
+        first, second = engines
+        begun, fresh = second.seen
+        second.say(token(begun, 0, 70), token(fresh, 0, 90))
+        second.say(token(begun, 0, 71))  # told, but not read yet when it dies
+        parent.kill(second)
+        await until(first, lambda: len(first.seen) == 4)
+        resumed = {first.seen[r][0]: (r, outputs) for r, outputs in first.outputs.items() if outputs}
+        number = second.seen[begun][0]
+        assert resumed[number][1] == [[70, 71]] and resumed[second.seen[fresh][0]][1] == [[90]]
+        first.say(token(resumed[number][0], 0, 72, FinishCode.EOS))
+        read = [told(await flights[number].next()) for _ in range(3)]
+        assert read == [(0, 70), (0, 71), (0, 72)]
+        for flight in flights:
+            client.close(flight)
+
+    run(tmp_path, work, instances=2)
+
+
+def test_F01_the_only_instance_is_waited_for(tmp_path: Path) -> None:
+    async def work(client: EngineClient, engines: list[Engine], parent: Parent) -> None:
+        (engine,) = engines
+        flight = await submit(client, [[1, 2]], branches=2)
+        await until(engine, lambda: len(engine.seen) == 1)
+        (request_id,) = engine.seen
+        engine.say(token(request_id, 0, 10), token(request_id, 1, 20, FinishCode.EOS))
+        engine.say(token(request_id, 0, 11))
+        assert parent.kill(engine) == 0
+        assert not client.available and client.recovering
+        newcomer = await submit(client, [[3]])  # it had been admitted; now it waits as well
+        gone = await submit(client, [[4]])
+        client.close(gone)
+        engine = await parent.replace(0, 1)
+        await until(engine, lambda: len(engine.seen) == 2)
+        assert list(engine.seen.values()) == [[1, 2], [3]]
+        resumed, _ = engine.seen
+        assert engine.outputs[resumed] == [[10, 11], None]  # branch 1 has ended
+        engine.say(token(resumed, 0, 12, FinishCode.LENGTH))
+        assert [told(await flight.next()) for _ in range(4)] == [(0, 10), (1, 20), (0, 11), (0, 12)]
+        client.close(flight)
+        client.close(newcomer)
+
+    run(tmp_path, work)
+
+
+def test_F01_what_is_longer_than_a_slot_goes_in_pieces(tmp_path: Path) -> None:
+    async def work(client: EngineClient, engines: list[Engine], parent: Parent) -> None:
+        (engine,) = engines
+        longest, too_long = SLOTS * SLOT_TOKENS - 1, SLOTS * SLOT_TOKENS
+        flights = [await submit(client, [[number]]) for number in range(2)]
+        await until(engine, lambda: len(engine.seen) == 2)
+        for request_id, count in zip(engine.seen, (longest, too_long), strict=True):
+            engine.say(*(token(request_id, 0, value) for value in range(count)))
+        parent.kill(engine)
+        engine = await parent.replace(0, 1)
+        await until(engine, lambda: len(engine.seen) == 1)
+        (outputs,) = engine.outputs.values()
+        assert outputs == [list(range(longest))]
+        for value in range(too_long):  # nothing is lost before the error
+            assert told(await flights[1].next()) == (0, value)
+        with pytest.raises(EngineFailed):
+            await flights[1].next()
+        for flight in flights:
+            client.close(flight)
+
+    run(tmp_path, work)
+
+
+def test_F03_a_request_that_was_in_two_crashes_is_not_tried_again(tmp_path: Path) -> None:
+    async def work(client: EngineClient, engines: list[Engine], parent: Parent) -> None:
+        (engine,) = engines
+        poison = await submit(client, [[1]])
+        await until(engine, lambda: len(engine.seen) == 1)
+        parent.kill(engine)
+        engine = await parent.replace(0, 1)
+        bystander = await submit(client, [[2]])
+        await until(engine, lambda: len(engine.seen) == 2)
+        parent.kill(engine)
+        with pytest.raises(EngineFailed):
+            await poison.next()
+        engine = await parent.replace(0, 2)
+        await until(engine, lambda: len(engine.seen) == 1)
+        assert list(engine.seen.values()) == [[2]]
+        client.close(poison)
+        client.close(bystander)
+
+    run(tmp_path, work)
+
+
+def test_an_instance_that_does_not_come_back_ends_its_requests(tmp_path: Path) -> None:
+    async def work(client: EngineClient, engines: list[Engine], parent: Parent) -> None:
+        (engine,) = engines
+        flight = await submit(client, [[1]])
+        await until(engine, lambda: len(engine.seen) == 1)
+        parent.kill(engine, final=True)
+        with pytest.raises(EngineFailed):
+            await flight.next()
+        with pytest.raises(ServiceUnavailable):
+            await submit(client, [[2]])
+        client.close(flight)
+
+    run(tmp_path, work)
+
+
+def test_scores_of_a_prompt_that_was_half_told_are_asked_for_again(tmp_path: Path) -> None:
+    async def work(client: EngineClient, engines: list[Engine], parent: Parent) -> None:
+        (engine,) = engines
+
+        def score(request_id: int, value: int) -> Outcome:
+            return Outcome(request_id, 0, value, FinishCode.NONE, None, 0, -0.5, [(9, -0.25)], 3)
+
+        flight = await submit(client, [[1, 2, 3]])
+        await until(engine, lambda: len(engine.seen) == 1)
+        engine.say(score(next(iter(engine.seen)), 2))
+        parent.kill(engine)
+        engine = await parent.replace(0, 1)
+        await until(engine, lambda: len(engine.seen) == 1)
+        (request_id,) = engine.seen
+        engine.say(score(request_id, 2), score(request_id, 3), token(request_id, 0, 7))
+        assert told(await flight.next()) == (0, 7)
+        assert [row.token_id for row in flight.parts[0].prompt_rows] == [2, 3]
+        client.close(flight)
+
+    run(tmp_path, work)
 
 
 def test_a_token_does_not_come_before_its_request_was_submitted(tmp_path: Path) -> None:

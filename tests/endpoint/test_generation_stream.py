@@ -11,7 +11,8 @@ from typing import cast
 import pytest
 
 import endpoint.detokenizer
-from endpoint.engine_client import EngineClient, Flight, Token
+from endpoint.engine_client import EngineClient
+from endpoint.flights import Flight, Token
 from endpoint.generation_stream import GenerationStream
 from endpoint.metrics import Metrics
 from endpoint.protocols.base import Completion, GenerationRequest

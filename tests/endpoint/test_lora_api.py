@@ -276,13 +276,12 @@ class Leader:
     def __init__(self, place: Path, number: int, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.wire = InstanceWire(
             instance=number,
-            command_address=f"ipc://{place}/cmd{number}",
-            event_address=f"ipc://{place}/evt{number}",
+            directory=str(place),
             prompt_ring=create_ring(f"t_prompt{number}", 2, sizes.prompt_slot_bytes(16)),
             token_ring=create_ring(f"t_token{number}", 2, sizes.TOKEN_SLOT_BYTES),
         )
-        self.commands = Channel(context, zmq.PULL, self.wire.command_address, bind=True)
-        self.events = Channel(context, zmq.PUSH, self.wire.event_address)
+        self.commands = Channel(context, zmq.PULL, self.wire.command_address(0), bind=True)
+        self.events = Channel(context, zmq.PUSH, self.wire.event_address(0))
 
     async def command(self) -> object:
         while not (found := list(self.commands.receive())):
@@ -296,8 +295,9 @@ async def engine_of_two(place: Path) -> AsyncIterator[tuple[EngineClient, list[L
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         leaders = [Leader(place, number, context) for number in range(2)]
-        engine = EngineClient([leader.wire for leader in leaders], context)
+        engine = EngineClient([leader.wire for leader in leaders], context, lambda has: has, lambda *_: None)
         for leader in leaders:
+            engine.open_instance(leader.wire.instance, 0)
             assert leader.events.wait_connected(5.0)
             leader.events.send(EngineReady(leader.wire.instance, 9, 9, 9, 9, "cpu", "float32"))
         await engine.wait_ready()
@@ -326,7 +326,7 @@ def test_a_change_ends_with_an_instance_that_dies(tmp_path: Path) -> None:
         async with engine_of_two(tmp_path) as (engine, leaders):
             change = asyncio.create_task(engine.change_adapters(LoraUnload("a")))
             await leaders[1].command()
-            engine.instance_down(1, "killed")
+            engine.close_instance(1, final=True)
             with pytest.raises(EngineFailed):
                 await change
             with pytest.raises(ServiceUnavailable):

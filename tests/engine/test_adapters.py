@@ -11,7 +11,8 @@ import pytest
 
 from engine.adapters import AdapterDesk
 from engine.block_manager import BlockManager
-from engine.core import EngineCore, EngineLinks
+from engine.core import EngineCore, Watched
+from engine.endpoint_link import EndpointLink, LinkEnds
 from engine.errors import InvalidRequest
 from engine.executor import Sampled
 from engine.outcome import FinishCode
@@ -23,6 +24,7 @@ from engine.wire import layout, sizes
 from engine.wire import messages as m
 from engine.wire.channel import Channel
 from engine.wire.ring import RingReader, RingWriter, create_ring
+from engine.wire.vitals import Vitals
 
 LIMITS = ScheduleSettings(
     block_size=4,
@@ -106,20 +108,23 @@ class Bench:
     """A core with the endpoint's ends of its channels."""
 
     def __init__(self, store: Store | None) -> None:
-        self.commands, self.events = Pipe(), Pipe()
+        self.commands, self.events, self.control = Pipe(), Pipe(), Pipe()
         prompts = create_ring("t_prompt", 8, sizes.prompt_slot_bytes(16))
         tokens = create_ring("t_token", 8, sizes.TOKEN_SLOT_BYTES)
-        links = EngineLinks(
-            instance=0,
+        ends = LinkEnds(
             commands=cast(Channel, self.commands),
             events=cast(Channel, self.events),
             prompts=RingReader(prompts),
             tokens=RingWriter(tokens),
         )
+        link = EndpointLink(lambda generation: ends, lambda: m.EngineReady(0, 9, 9, 9, 9, "cpu", ""))
+        link.open(0)
+        self.events.receive()
+        watched = Watched(cast(Channel, self.control), Vitals(1).pulse(0), 60.0)
         self.prompts, self.tokens = RingWriter(prompts), RingReader(tokens)
         self.store, self.executor = store, Executor()
         self.core = EngineCore(
-            Scheduler(LIMITS, BlockManager(64, 4), ()), self.executor, links, adapters=store
+            0, Scheduler(LIMITS, BlockManager(64, 4), ()), self.executor, link, watched, adapters=store
         )
 
     def submit(self, request_id: int, lora: str, max_tokens: int = 3, branches: int = 1) -> None:
@@ -128,11 +133,11 @@ class Bench:
         layout.write_prompt(slot, request_id, np.array([1, 2, 3], np.int32))
         self.prompts.commit()
         params = SamplingParams(max_tokens=max_tokens, lora=lora, branches=branches)
-        self.commands.send(m.Submit(request_id, 3, 5, params))
+        self.commands.send(m.Submit(request_id, 3, 5, (), params))
 
     def close(self) -> None:
-        self.commands.close()
-        self.events.close()
+        for pipe in (self.commands, self.events, self.control):
+            pipe.close()
         if self.store is not None:
             self.store.close()
 

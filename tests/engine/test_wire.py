@@ -21,10 +21,18 @@ from engine.wire import layout, sizes
 from engine.wire import messages as m
 from engine.wire.channel import Channel, ControlHub
 from engine.wire.codec import WireError, decode, encode
-from engine.wire.ring import RingReader, RingWriter, create_ring
+from engine.wire.ring import RingError, RingReader, RingWriter, create_ring
+from engine.wire.vitals import Vitals
 
-_SAMPLES: dict[str, object] = {"int": 7, "float": 0.25, "str": "word", "SamplingParams": SamplingParams(
-    9, temperature=0.5, seed=2**64 - 1, stop_token_ids=(3, 4))}  # fmt: skip
+_SAMPLES: dict[str, object] = {
+    "int": 7,
+    "float": 0.25,
+    "str": "word",
+    "bool": True,
+    "tuple[int, ...]": (3, -1),
+    "tuple[tuple[str, str], ...]": (("a", "/b"),),
+    "SamplingParams": SamplingParams(9, temperature=0.5, seed=2**64 - 1, stop_token_ids=(3, 4)),
+}
 
 
 @pytest.mark.parametrize("cls", get_args(m.Message), ids=lambda cls: cls.__name__)
@@ -104,6 +112,47 @@ def test_a_ring_keeps_order_and_refuses_when_full() -> None:
                 assert int.from_bytes(view[:8], "little") == received
                 reader.release()
                 received += 1
+
+
+def test_a_reset_ring_is_empty_and_starts_anew() -> None:
+    ring = create_ring(_name(), slots=3, slot_bytes=16)
+    old = RingWriter(ring, generation=4)
+    for _ in range(2):
+        assert old.reserve() is not None
+        old.commit()
+    ring.reset()
+    writer, reader = RingWriter(ring, generation=5), RingReader(ring, generation=5)
+    assert reader.take() is None
+    for number in range(3):
+        slot = writer.reserve()
+        assert slot is not None
+        slot[0] = number
+        writer.commit()
+    assert writer.reserve() is None
+    for number in range(3):
+        view = reader.take()
+        assert view is not None and view[0] == number
+        reader.release()
+
+
+def test_F26_a_slot_of_an_older_generation_is_never_acted_on() -> None:
+    ring = create_ring(_name(), slots=2, slot_bytes=16)
+    writer, reader = RingWriter(ring, generation=1), RingReader(ring, generation=2)
+    assert writer.reserve() is not None
+    writer.commit()
+    with pytest.raises(RingError, match="generation 1"):
+        reader.take()
+
+
+def test_a_child_that_has_missed_its_own_deadline_is_seen() -> None:
+    vitals = Vitals(2)
+    assert vitals.overdue_s(0) < 0 and vitals.overdue_s(1) < 0
+    first, second = vitals.pulse(0), vitals.pulse(1)
+    first.expect_within(3600.0)
+    second.expect_within(-2.0)
+    assert vitals.overdue_s(0) < 0 and vitals.overdue_s(1) >= 2.0
+    second.rest()
+    assert vitals.overdue_s(1) < 0
 
 
 def test_a_ring_crosses_a_fork_and_leaves_nothing_in_shm() -> None:
