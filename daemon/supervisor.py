@@ -478,16 +478,16 @@ class Supervisor:
 
     def _drain(self, seconds: float) -> None:
         endpoint = self._endpoint()
-        for spec in self._missing:
-            if spec.role == "worker":
-                self._tell_endpoint(InstanceDown(spec.instance, "the service is stopping", final=True))
-        self._missing.clear()
         if endpoint is None or not endpoint.ready:  # nobody is served
             self._stop()
             return
         self._state = State.DRAINING
         self._deadline = time.monotonic() + seconds + _DRAIN_SLACK_S
         self._tell(endpoint, Drain(seconds))
+        for spec in self._missing:
+            if spec.role == "worker":  # after the Drain: else it would look like giving up
+                self._tell(endpoint, InstanceDown(spec.instance, "the service is stopping", final=True))
+        self._missing.clear()
 
     def _stop(self) -> None:
         self._state = State.STOPPING

@@ -16,6 +16,11 @@ class Admission:
         self._running = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the next one would be refused."""
+        return self._running >= self._limit and len(self._waiting) >= 2 * self._limit
+
     async def enter(self) -> None:
         """Take a place, or stand in line for one. Raises ServiceUnavailable when the line is full."""
         if self._running < self._limit:

@@ -86,7 +86,7 @@ class _Endpoint:
         )
         self._management = ManagementPlane(given.settings, given.schedule, given.model, self._metrics)
         self._health = self._management.health
-        self._health.num_instances = len(given.wires)
+        self._health.expect(wire.instance for wire in given.wires)
         self._started = int(time.time())
         self._runners: list[web.AppRunner] = []
 
@@ -120,7 +120,8 @@ class _Endpoint:
                 if "management" not in listener.planes:
                     await self._listen(listener, sock)
             watcher = asyncio.create_task(service.watch_deadlines())
-            self._health.ready = True
+            self._health.is_saturated = service.is_saturated
+            self._health.opened()
             self._tell_parent(Ready(f"{len(listeners)} listeners open"))
             # none of these ends but by a failure, which must end the process
             failures: set[asyncio.Future[Any]] = {watcher, self._engine.failure, beat}
@@ -128,7 +129,7 @@ class _Endpoint:
             for failure in failures:
                 if failure.done():
                     failure.result()
-            self._health.stopping = True
+            self._health.stopping()
             service.stop_accepting()
             await service.drained(self._drain.result())
             watcher.cancel()
@@ -144,7 +145,7 @@ class _Endpoint:
             await asyncio.sleep(limit_s / _BEATS)
 
     async def _stop_over_http(self, service: GenerationService, force: bool) -> None:
-        self._health.stopping = True
+        self._health.stopping()
         service.stop_accepting()
         if not force:
             await service.idle()
@@ -239,7 +240,7 @@ class _Endpoint:
                 case Drain():
                     self._stop_within(message.deadline_s)
                 case Progress():
-                    self._health.note_progress(message.instance, message.phase, message.fraction)
+                    self._health.loading(message.instance, message.phase, message.fraction)
                 case InstanceUp():
                     self._engine.open_instance(message.instance, message.generation)
                 case InstanceDown():

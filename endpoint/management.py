@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -11,6 +10,7 @@ from endpoint import metadata
 from endpoint.adapters import AdapterRegistry
 from endpoint.documents import Documents
 from endpoint.engine_client import EngineClient
+from endpoint.health import UNAVAILABLE, Condition, Health, Verdict
 from endpoint.lora_api import LoraApi
 from endpoint.metrics import Metrics
 from endpoint.models_api import check_served
@@ -20,44 +20,7 @@ from endpoint.trial import DEFAULT_WAIT_S, run_trial, wait_time
 from engine.errors import EngineFailed, InvalidRequest, ServiceUnavailable
 from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
 
-
-@dataclass(slots=True)
-class Health:
-    """Written by main.py as things happen.
-
-    `progress`: loading phase per instance, until ready. `down`: why an instance is not there.
-    """
-
-    num_instances: int = 1
-    ready: bool = False
-    stopping: bool = False
-    failed: str | None = None
-    progress: dict[int, str] = field(default_factory=dict)
-    down: dict[int, str] = field(default_factory=dict)
-
-    def instance_down(self, instance: int, reason: str, *, final: bool) -> None:
-        self.down[instance] = reason
-        self.progress.pop(instance, None)
-        if final:
-            self.failed = f"instance {instance} died: {reason}"
-
-    def instance_up(self, instance: int) -> None:
-        self.down.pop(instance, None)
-
-    def note_progress(self, instance: int, phase: str, fraction: float) -> None:
-        self.progress[instance] = f"{phase} {fraction * 100:.0f} %"
-
-    def verdict(self, loading_status: int) -> tuple[int, str]:
-        """Status and message; the message of a healthy service is empty."""
-        if self.stopping:
-            return 503, "the service is stopping"
-        if self.failed is not None:
-            return 500, self.failed
-        if self.ready and len(self.down) < self.num_instances:
-            return 200, ""
-        phases = ", ".join(f"instance {i}: {phase}" for i, phase in sorted(self.progress.items()))
-        what = "restarting a model instance" if self.ready else "loading"
-        return loading_status, f"{what}; {phases}" if phases else what
+_DEGRADED = "Degraded"  # header of the health routes: how many instances are missing
 
 
 class ManagementPlane:
@@ -103,36 +66,35 @@ class ManagementPlane:
         ]
 
     async def _live(self, request: web.Request) -> web.Response:
-        return _answer(*self.health.verdict(loading_status=200))
+        return self._answer(self.health.live())
 
     async def _ready(self, request: web.Request) -> web.Response:
-        return _answer(*self.health.verdict(loading_status=503))
+        return self._answer(self.health.ready())
 
     async def _healthy(self, request: web.Request) -> web.Response:
-        status, _ = self.health.verdict(loading_status=503)
-        return web.Response(status=status)
+        return web.Response(status=self.health.healthy())
+
+    def _answer(self, verdict: Verdict) -> web.Response:
+        status, message = verdict
+        # a header, as the body of a service that takes requests is empty
+        headers = {_DEGRADED: degraded} if (degraded := self.health.degraded) and status == 200 else {}
+        if not message:
+            return web.Response(status=status, headers=headers)
+        return web.json_response({"message": message}, status=status, headers=headers)
 
     async def _timed(self, request: web.Request) -> web.Response:
         seconds = wait_time(request.match_info.get("seconds", str(DEFAULT_WAIT_S)))
-        if self.engine is None or self.info is None or self.health.failed is not None:
-            status, message = self.health.verdict(loading_status=503)
-            if status == 500:
-                raise EngineFailed(message)
-            raise ServiceUnavailable(message, retry_after_s=5)
+        condition = self.health.condition
+        if condition is Condition.GIVEN_UP:
+            raise EngineFailed(self.health.message())
+        if self.engine is None or self.info is None or not self.health.any_serving:
+            raise ServiceUnavailable(self.health.message(), retry_after_s=5)
         # asked while stopping it still tells of the engine, not of the service
         await run_trial(self.engine, seconds)
         return web.json_response({"status": "healthy"})
 
     async def _running_status(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": self._engine_state(), "errors": []})
-
-    def _engine_state(self) -> int:
-        """MindIE's numbers: 1 normal, 2 abnormal, 4 initialising, 5 busy."""
-        if self.health.failed is not None:
-            return 2
-        if self.info is None or self.engine is None:
-            return 4
-        return 5 if any(instance.waiting for instance in self.engine.occupancy()) else 1
+        return web.json_response({"status": self.health.state, "errors": []})
 
     async def _model_ready(self, request: web.Request) -> web.Response:
         if self.info is not None:
@@ -167,7 +129,7 @@ class ManagementPlane:
 
     async def _stop_service(self, request: web.Request) -> web.Response:
         """Refuse new requests, wait for the others (mode=Force: five seconds), then end the whole service."""
-        if self.health.stopping or self.stop is None:
+        if self.health.is_ending or self.stop is None:
             raise EngineFailed("the service is not serving, or is stopping already")
         mode = request.query.get("mode")
         if mode not in (None, "Force"):
@@ -193,11 +155,6 @@ class ManagementPlane:
         return self.adapters
 
     def _now(self) -> tuple[ModelInfo, Sequence[metadata.Occupancy]]:
-        status, message = self.health.verdict(loading_status=503)
-        if status != 200 or self.info is None or self.engine is None:
-            raise ServiceUnavailable(message, retry_after_s=5)
+        if self.health.condition in UNAVAILABLE or self.info is None or self.engine is None:
+            raise ServiceUnavailable(self.health.message(), retry_after_s=5)
         return self.info, self.engine.occupancy()
-
-
-def _answer(status: int, message: str) -> web.Response:
-    return web.json_response({"message": message}, status=status) if message else web.Response(status=status)

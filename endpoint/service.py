@@ -180,6 +180,10 @@ class GenerationService:
                     allowed = f"{flight.token_limit_s:g} s (tokenTimeout, or the request's timeout)"
                     ticket.end(RequestTimeout(f"{_TIMEOUT}: no token within {allowed}"))
 
+    def is_saturated(self) -> bool:
+        """Whether the next request would be refused because the line is full."""
+        return self._admission.is_full
+
     def stop_accepting(self) -> None:
         self._stopping = True
 
