@@ -18,7 +18,7 @@ from daemon.config_lora import find_adapters
 from daemon.config_models import find_chat_settings
 from daemon.config_report import ConfigError, Report, shown
 from daemon.config_rules import check_rules, server_addresses, server_ports
-from daemon.config_schema import BACKEND, DEPLOY, MODEL, RUNTIME, SCHEDULE, SERVER
+from daemon.config_schema import BACKEND, DEPLOY, HEALTH, MODEL, RUNTIME, SCHEDULE, SERVER
 from daemon.config_values import Values, read_values
 from daemon.listeners import merge_planes
 from daemon.log_settings import read_log_settings
@@ -275,6 +275,7 @@ def _endpoint(
         e2e_timeout_s=e2e_timeout,
         tokenizer_threads=values.integer(f"{BACKEND}.tokenizerProcessNumber"),
         metrics_enabled=environ.get("MIES_SERVICE_MONITOR_MODE") != "0",
+        npu_usage_threshold=values.integer(f"{HEALTH}.npuUsageThreshold"),
     )
 
 

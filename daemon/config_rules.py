@@ -15,7 +15,6 @@ from daemon.config_report import Report, shown
 from daemon.config_schema import (
     BACKEND,
     DEPLOY,
-    HEALTH,
     KV_POOL,
     MODEL,
     RUNTIME,
@@ -377,7 +376,6 @@ _LATER = "not available in this build yet; running without"
 # Accepted, but nothing comes of it: (key, values that ask for nothing, what the log says).
 WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (f"{BACKEND}.backendName", ("mindieservice_llm_engine",), "ignored, there is one engine only"),
-    (f"{HEALTH}.npuUsageThreshold", (0,), _LATER),
     (f"{SERVER}.openAiSupport", ("vllm",), "not available in this build yet; answering in the vLLM flavour"),
     (f"{DEPLOY}.speculationGamma", (0,), _LATER),
     (f"{MODEL}.backendType", ("atb", "torch"), "ignored, the PyTorch engine is used"),

@@ -358,6 +358,17 @@ _SERVER_SCHEMAS: dict[str, Json] = {
         },
         errors=_list(_object(timestamp=INTEGER, errCode=STRING, createdBy=STRING)),
     ),
+    "FaultHandling": _object(
+        status={**BOOLEAN, "description": "whether the command was carried out"},
+        message=STRING,
+        reason=_list(
+            _object(
+                device_id={**INTEGER, "description": "number of the model instance"},
+                result=_one_of("success", "fail"),
+                message=STRING,
+            )
+        ),
+    ),
     "MetricsVector": _object(
         resultType={"const": "vector"},
         result=_list(

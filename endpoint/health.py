@@ -7,12 +7,12 @@ of the service, stands beside them; `Health.condition` folds all of it into the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
-from engine.errors import EngineBug
+from engine.errors import EngineBug, WrongState
 
 log = logging.getLogger("server.health")
 
@@ -35,6 +35,24 @@ _NEXT: dict[State, set[State]] = {
     State.ABNORMAL: {State.NORMAL, State.BUSY, State.PAUSE},
     State.PAUSE: {State.READY, State.NORMAL, State.ABNORMAL},  # -> ABNORMAL: a command failed
     State.READY: {State.NORMAL, State.BUSY, State.ABNORMAL},
+}
+
+
+class Command(IntEnum):
+    """Of fault-handling-command."""
+
+    PAUSE = 0
+    REINIT = 1
+    START = 2
+    PAUSE_ROCE = 3
+
+
+# command: the states it is legal in, and the one it leads to
+_COMMANDS: dict[Command, tuple[frozenset[State], State]] = {
+    Command.PAUSE: (frozenset({State.NORMAL, State.BUSY, State.ABNORMAL}), State.PAUSE),
+    Command.PAUSE_ROCE: (frozenset({State.NORMAL, State.BUSY, State.ABNORMAL}), State.PAUSE),
+    Command.REINIT: (frozenset({State.PAUSE}), State.READY),
+    Command.START: (frozenset({State.PAUSE, State.READY}), State.NORMAL),
 }
 
 
@@ -149,6 +167,27 @@ class Health:
         if not self.any_serving and self._state in (State.NORMAL, State.BUSY):
             self._move(State.ABNORMAL, "no instance can serve")
 
+    def checked(self, state: State, why: str = "") -> None:
+        """What the checker has found: NORMAL, BUSY or ABNORMAL. Neither a pause nor healing ends by it."""
+        if self.any_serving and self._state in (State.NORMAL, State.BUSY, State.ABNORMAL):
+            self._move(state, why)
+
+    def command(self, command: Command) -> bool:
+        """Carry it out; False when it failed. Raises WrongState where it is not legal."""
+        legal, to = _COMMANDS[command]
+        if self.is_ending or self._state not in legal:
+            now = self._ending.value if self.is_ending else self._state.name
+            allowed = ", ".join(sorted(state.name for state in legal))
+            raise WrongState(
+                f"`cmd` {command.value} ({command.name.lower()}) is not possible while the state is {now}; "
+                f"possible: {allowed}; GET /v1/engine-server/running-status tells the state"
+            )
+        if command is Command.START and not self.any_serving:
+            self._move(State.ABNORMAL, "started without an instance that can serve")
+            return False
+        self._move(to, f"command {command.name.lower()}")
+        return True
+
     def stopping(self) -> None:
         """No new requests from now on. Again, or after giving up: changes nothing."""
         if self._ending is Ending.NOT:
@@ -169,6 +208,15 @@ class Health:
     def is_ending(self) -> bool:
         return self._ending is not Ending.NOT
 
+    def is_paused(self) -> bool:
+        """Whether new requests are refused until an operator starts the service again."""
+        return self._state in (State.PAUSE, State.READY)
+
+    @property
+    def serving(self) -> Mapping[int, bool]:
+        """Whether it serves, of every instance that has been heard of."""
+        return {number: instance.serving for number, instance in sorted(self._instances.items())}
+
     @property
     def state(self) -> State:
         """For running-status."""
@@ -187,7 +235,7 @@ class Health:
             return Condition.HEALING
         if state is State.ABNORMAL:
             return Condition.ABNORMAL
-        if state in (State.PAUSE, State.READY):
+        if self.is_paused():
             return Condition.PAUSED
         if state is State.BUSY:
             return Condition.BUSY

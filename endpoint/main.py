@@ -19,6 +19,7 @@ from aiohttp import web
 
 from endpoint.adapters import AdapterRegistry
 from endpoint.app import BusinessPlane, make_app
+from endpoint.checker import Checker, utilisation_of
 from endpoint.context import EndpointContext
 from endpoint.engine_client import EngineClient
 from endpoint.grammars import GrammarChecker
@@ -32,6 +33,7 @@ from endpoint.service import GenerationService
 from endpoint.tls import make_server_context
 from endpoint.tokenizer import TokenizerPool
 from endpoint.tools.registry import FORMATS, detect
+from endpoint.trial import Trials
 from engine.errors import EXIT_INIT, StartupError
 from engine.settings import ChatSettings, Listener
 from engine.wire.messages import (
@@ -98,6 +100,7 @@ class _Endpoint:
         self._engine = self._management.engine = EngineClient(
             given.wires, given.control.context, lambda has: self._adapters.wanted(has), self._on_serving
         )
+        self._trials = self._management.trials = Trials(self._engine)
         self._adapters = self._management.adapters = AdapterRegistry(
             given.model.lora, given.model.name, self._engine, adopts=given.replaces_another
         )
@@ -119,12 +122,15 @@ class _Endpoint:
             for listener, sock in listeners:
                 if "management" not in listener.planes:
                     await self._listen(listener, sock)
-            watcher = asyncio.create_task(service.watch_deadlines())
+            service.is_paused = self._health.is_paused
+            background = [asyncio.create_task(service.watch_deadlines())]
+            if given.settings.npu_usage_threshold:
+                background.append(asyncio.create_task(self._checker().run()))
             self._health.is_saturated = service.is_saturated
             self._health.opened()
             self._tell_parent(Ready(f"{len(listeners)} listeners open"))
             # none of these ends but by a failure, which must end the process
-            failures: set[asyncio.Future[Any]] = {watcher, self._engine.failure, beat}
+            failures: set[asyncio.Future[Any]] = {*background, self._engine.failure, beat}
             await asyncio.wait({self._drain, *failures}, return_when=_FIRST)
             for failure in failures:
                 if failure.done():
@@ -132,7 +138,8 @@ class _Endpoint:
             self._health.stopping()
             service.stop_accepting()
             await service.drained(self._drain.result())
-            watcher.cancel()
+            for task in background:
+                task.cancel()
             await self._grammars.close()
         beat.cancel()
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
@@ -152,6 +159,10 @@ class _Endpoint:
         # the answer leaves first: the parent's Drain closes this listener
         drain_s = _FORCED_STOP_S if force else 0.0
         asyncio.get_running_loop().call_later(_ANSWER_S, self._tell_parent, StopRequested(drain_s))
+
+    def _checker(self) -> Checker:
+        utilisation = utilisation_of(self._engine.limits().device)
+        return Checker(self._health, self._trials, utilisation, self._given.settings.npu_usage_threshold)
 
     def _occupancy(self) -> Sequence[Occupancy]:
         return self._engine.occupancy()

@@ -10,13 +10,14 @@ from endpoint import metadata
 from endpoint.adapters import AdapterRegistry
 from endpoint.documents import Documents
 from endpoint.engine_client import EngineClient
+from endpoint.fault_handling import FaultHandling
 from endpoint.health import UNAVAILABLE, Condition, Health, Verdict
 from endpoint.lora_api import LoraApi
 from endpoint.metrics import Metrics
 from endpoint.models_api import check_served
 from endpoint.protocols.base import ModelInfo
 from endpoint.protocols.triton import MODEL_PATH
-from endpoint.trial import DEFAULT_WAIT_S, run_trial, wait_time
+from endpoint.trial import DEFAULT_WAIT_S, Trials, wait_time
 from engine.errors import EngineFailed, InvalidRequest, ServiceUnavailable
 from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
 
@@ -37,12 +38,14 @@ class ManagementPlane:
         self.health = Health()
         self.info: ModelInfo | None = None
         self.engine: EngineClient | None = None
+        self.trials: Trials | None = None
         self.adapters: AdapterRegistry | None = None
         self.stop: Callable[[bool], Awaitable[None]] | None = None  # True: do not wait for requests
         self._settings = settings
         self._schedule = schedule
         self._model = model
         self._lora_api = LoraApi(settings, model, self._registry)
+        self._fault_handling = FaultHandling(settings, self.health)
         self._documents = Documents(settings.listeners, model.name)
 
     def routes(self) -> list[web.RouteDef]:
@@ -63,6 +66,7 @@ class ManagementPlane:
             web.get("/stopService", self._stop_service),
             *self._documents.routes(),
             *self._lora_api.routes(),
+            *self._fault_handling.routes(),
         ]
 
     async def _live(self, request: web.Request) -> web.Response:
@@ -87,10 +91,10 @@ class ManagementPlane:
         condition = self.health.condition
         if condition is Condition.GIVEN_UP:
             raise EngineFailed(self.health.message())
-        if self.engine is None or self.info is None or not self.health.any_serving:
+        if self.trials is None or self.info is None or not self.health.any_serving:
             raise ServiceUnavailable(self.health.message(), retry_after_s=5)
         # asked while stopping it still tells of the engine, not of the service
-        await run_trial(self.engine, seconds)
+        await self.trials.run(seconds)
         return web.json_response({"status": "healthy"})
 
     async def _running_status(self, request: web.Request) -> web.Response:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from endpoint.answer_schemas import OF_ADAPTER
 from endpoint.declarations import Json, RequestBody
+from endpoint.fault_handling import FAULT_BODY, FAULT_PATH
 from endpoint.lora_api import LOAD_BODY, LOAD_PATH, UNLOAD_BODY, UNLOAD_PATH
 from endpoint.protocols.base import ProtocolAdapter
 from endpoint.protocols.triton import MODEL_PATH, STOP_INFER_BODY
@@ -151,6 +152,7 @@ FIXED: tuple[Operation, ...] = (
     _get(
         "/v1/engine-server/running-status", "management", "Cluster", "State of the engine.", "RunningStatus"
     ),
+    _post(FAULT_PATH, "management", "Cluster", "FaultHandlingRequest", FAULT_BODY, "FaultHandling", 400),
     _get("/metrics-json", "management", "MindIE", "Averages, and the load now.", "MetricsVector"),
     _post(LOAD_PATH, "management", "MindIE", "LoadLoraRequest", LOAD_BODY, "Message", 400),
     _post(UNLOAD_PATH, "management", "MindIE", "UnloadLoraRequest", UNLOAD_BODY, "Message", 400, 404),

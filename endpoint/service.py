@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,6 +102,7 @@ class GenerationService:
         self._admission = Admission(endpoint.max_link_num)
         self._numbers = itertools.count(1)
         self._stopping = False
+        self.is_paused: Callable[[], bool] = lambda: False  # whether an operator wants no new requests now
         self._tickets: set[_Ticket] = set()
         self._named: dict[str, _Ticket] = {}  # by the names under which they can be cancelled
 
@@ -210,6 +211,12 @@ class GenerationService:
         if self._stopping:
             raise ServiceUnavailable(
                 "service has been stopped; send the request to another server", retry_after_s=5
+            )
+        if self.is_paused():
+            raise ServiceUnavailable(
+                "the service is paused by an operator (fault-handling-command); send the request to another "
+                "server, or again once it is started",
+                retry_after_s=5,
             )
         if not (self._engine.available or (admitted and self._engine.recovering)):
             raise ServiceUnavailable(

@@ -8,10 +8,10 @@ import time
 from endpoint.engine_client import EngineClient
 from engine.errors import NotFound, RequestTimeout
 from engine.sampling_params import SamplingParams
+from engine.wire.messages import PROBE
 
 DEFAULT_WAIT_S = 10
 _MAX_WAIT_S = 600
-_FIRST = 1  # priority: behind a long queue the trial would time out without anything being wrong
 _PROMPT = (0,)
 _ONE_TOKEN = SamplingParams(max_tokens=1, ignore_eos=True)
 
@@ -23,22 +23,42 @@ def wait_time(text: str) -> int:
     return int(text)
 
 
-async def run_trial(engine: EngineClient, wait_s: float) -> None:
-    """Return once the engine has made the trial's token, or made any token for anybody within `wait_s`.
+class Trials:
+    """Trial inferences of one endpoint: one at a time, shared by all who ask while it is under way.
 
-    Raises RequestTimeout when it made none, EngineFailed or ServiceUnavailable when it cannot.
+    They stand before every user's request in the engine, and in no metric.
     """
-    start = time.monotonic()
-    try:
-        await asyncio.wait_for(_one_token(engine, start, wait_s), wait_s)
-    except asyncio.TimeoutError:
-        if engine.last_token_at < start:
-            raise RequestTimeout(f"Engine callback timeout: no token within {wait_s:g} s") from None
 
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+        self._running: asyncio.Task[None] | None = None
+        self._num_waiting = 0
 
-async def _one_token(engine: EngineClient, arrival: float, wait_s: float) -> None:
-    flight = await engine.submit([(_PROMPT, _ONE_TOKEN)], _FIRST, arrival=arrival, token_limit_s=wait_s)
-    try:
-        await flight.next()
-    finally:
-        engine.close(flight)
+    async def run(self, wait_s: float) -> None:
+        """Return once the engine has made a token, for the trial or for anybody, within `wait_s`.
+
+        Raises RequestTimeout when it made none, EngineFailed or ServiceUnavailable when it cannot.
+        """
+        start = time.monotonic()
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._one_token())
+        trial = self._running
+        self._num_waiting += 1
+        try:
+            await asyncio.wait_for(asyncio.shield(trial), wait_s)
+        except asyncio.TimeoutError:
+            if self._engine.last_token_at < start:
+                raise RequestTimeout(f"Engine callback timeout: no token within {wait_s:g} s") from None
+        finally:
+            self._num_waiting -= 1
+            if not self._num_waiting:  # an abandoned trial would keep its place in the engine
+                self._running.cancel()
+
+    async def _one_token(self) -> None:
+        flight = await self._engine.submit(
+            [(_PROMPT, _ONE_TOKEN)], PROBE, arrival=time.monotonic(), token_limit_s=_MAX_WAIT_S
+        )
+        try:
+            await flight.next()
+        finally:
+            self._engine.close(flight)

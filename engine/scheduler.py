@@ -57,7 +57,9 @@ class Scheduler:
             return
         # First come first served, and each step of priority counts like maxFirstTokenWaitTime of waiting: so
         # nobody starves, and as everybody ages alike the order never changes and needs no sorting again.
-        group.rank = group.arrival + group.priority * self.limits.max_first_token_wait_ms / 1e3
+        # A probe stands before them all: behind users it would tell how long the queue is.
+        age = group.arrival + group.priority * self.limits.max_first_token_wait_ms / 1e3
+        group.rank = -math.inf if group.is_probe else age
         if group.params.beam_search:
             ends = group.stop_token_ids | (frozenset() if group.params.ignore_eos else self._eos)
             room = self.limits.max_seq_len - num_prompt
@@ -97,7 +99,9 @@ class Scheduler:
         """Choose the next step and allocate its blocks; None when nothing can or should run now."""
         self._step_started = now
         if self._prefill_due(now):
-            groups = [] if self._blocks_low() else self._prefill_batch()
+            groups = self._probe_batch()
+            if not groups and not self._blocks_low():
+                groups = self._prefill_batch()
             if groups:
                 return self._plan(StepKind.PREFILL, groups)
             self._protect_first_token(now)
@@ -212,6 +216,8 @@ class Scheduler:
         """How long the caller may sleep before `schedule` could start a prefill; None without any waiting."""
         if not self.waiting:
             return None
+        if self.waiting[0].is_probe:
+            return 0.0
         return max(0.0, self.waiting[0].arrival + self.limits.max_queue_delay_us / 1e6 - now)
 
     def check(self) -> None:
@@ -263,6 +269,17 @@ class Scheduler:
     def _blocks_low(self) -> bool:
         return bool(self.running) and self.blocks.num_free < _LOW_BLOCKS * self.blocks.num_blocks
 
+    def _probe_batch(self) -> list[SequenceGroup]:
+        """A probe at the head of `waiting`, in a step of its own: the batch may be full, and stays as it is.
+
+        Its one token ends it, so it needs a block for this step only.
+        """
+        head = self.waiting[0]
+        if not head.is_probe or self._needs(head)[0] > self.blocks.num_free:
+            return []
+        self._allocate(head)
+        return self._start([head])
+
     def _prefill_batch(self) -> list[SequenceGroup]:
         """Move groups from the head of `waiting` to `running` while budgets last; nobody overtakes."""
         limits = self.limits
@@ -286,6 +303,10 @@ class Scheduler:
             self._allocate(group)
             tokens += needed_tokens
             batch.append(group)
+        return self._start(batch)
+
+    def _start(self, batch: list[SequenceGroup]) -> list[SequenceGroup]:
+        """Move the batch, which has its blocks, from the head of `waiting` to `running`."""
         del self.waiting[: len(batch)]
         for group in batch:
             group.move(GroupStatus.RUNNING)
@@ -325,9 +346,9 @@ class Scheduler:
 
     def _protect_first_token(self, now: float) -> None:
         """Free one running group's blocks for a newcomer that has waited too long for its first token."""
-        if not self.waiting or len(self.running) < 2:
+        head = next((group for group in self.waiting if not group.is_probe), None)
+        if head is None or len(self.running) < 2:
             return
-        head = self.waiting[0]
         waited_ms = (now - head.arrival) * 1e3
         short = self._needs(head)[0] > self.blocks.num_free
         if head.has_output or not short or waited_ms <= self.limits.max_first_token_wait_ms:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from engine.errors import EngineBug
 from engine.sampling_params import SamplingParams, branch_seed
-from engine.wire.messages import ENDED
+from engine.wire.messages import ENDED, PROBE
 
 if TYPE_CHECKING:
     from engine.beam import BeamSearch
@@ -109,7 +109,7 @@ class SequenceGroup:
         priority: int = 5,
         now: float = 0.0,
     ) -> None:
-        """`prompt`: int32 [n], n >= 1. `priority`: 1 (first) .. 5. `now`: monotonic seconds."""
+        """`prompt`: int32 [n], n >= 1. `priority`: 1 (first) .. 5, or PROBE. `now`: monotonic seconds."""
         self.request_id = request_id
         self.params = params
         self.priority = priority
@@ -146,6 +146,10 @@ class SequenceGroup:
         if start:
             for seq in self.sequences:
                 seq.prompt_told = True
+
+    @property
+    def is_probe(self) -> bool:
+        return self.priority == PROBE
 
     @property
     def live(self) -> list[Sequence]:

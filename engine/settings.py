@@ -46,6 +46,7 @@ class EndpointSettings:
     e2e_timeout_s: int  # longest time from arrival to the last token
     tokenizer_threads: int
     metrics_enabled: bool
+    npu_usage_threshold: int = 0  # per cent: a device so busy may miss a health check's token; 0: no checks
 
 
 @dataclass(frozen=True, slots=True)

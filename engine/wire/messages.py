@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from engine.sampling_params import SamplingParams
 
+PROBE = 0  # priority of our own question whether the engine still makes tokens; no client can ask for it
+
 
 @dataclass(frozen=True, slots=True)
 class Submit:
@@ -16,7 +18,7 @@ class Submit:
 
     request_id: int  # unique for the life of the endpoint process
     num_prompt_tokens: int
-    priority: int  # 1 (first) .. 5 (last)
+    priority: int  # 1 (first) .. 5 (last), or PROBE
     outputs: tuple[
         int, ...
     ]  # of each branch: tokens it has already, ENDED for one without further ones; or ()

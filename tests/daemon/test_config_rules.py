@@ -254,7 +254,6 @@ def test_tensor_parallelism_is_refused(home: Home) -> None:
         ("schedule", {"supportSelectBatch": True}),
         ("schedule", {"dynamicBatchSizeEnable": True}),
         ("schedule", {"prefillChunkSize": 512}),
-        ("server", {"HealthCheckConfig": {"npuUsageThreshold": 10}}),
         ("server", {"openAiSupport": "openai"}),
         ("document", {"LogConfig": {"dynamicLogLevel": "debug"}}),
     ],

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from endpoint.health import _NEXT, Condition, Health, State
-from engine.errors import EngineBug
+from endpoint.health import _NEXT, Command, Condition, Health, State
+from engine.errors import EngineBug, WrongState
 
 Step = Callable[[Health], None]
 
@@ -131,3 +131,80 @@ def test_no_state_follows_but_those_of_the_table() -> None:
         else:
             with pytest.raises(EngineBug, match=f"{before.name} -> {after.name}"):
                 health._move(after)
+
+
+# -- the checker's findings and commands -------------------------------------------------------------
+
+
+def test_what_the_checker_finds_is_told() -> None:
+    health = serving()
+    health.checked(State.BUSY, "no token within 5 s; devices 90 % busy")
+    assert health.live() == (200, "alive but busy: no token within 5 s; devices 90 % busy")
+    assert health.ready().status == 503 and health.healthy() == 200
+    health.checked(State.ABNORMAL, "no token within 5 s; devices 0 % busy")
+    assert health.condition is Condition.ABNORMAL
+    assert health.live() == health.ready() == (500, "no token within 5 s; devices 0 % busy")
+    assert health.healthy() == 500
+    health.checked(State.NORMAL)
+    assert health.live() == (200, "")
+
+
+def test_an_abnormal_service_whose_last_instance_is_replaced_is_healing() -> None:
+    health = serving(1)
+    health.checked(State.ABNORMAL, "no token")
+    health.instance_down(0, "its step took too long")
+    assert health.condition is Condition.HEALING and health.live().status == 200
+    health.checked(State.NORMAL)  # asked before the death
+    assert health.condition is Condition.HEALING
+    health.instance_up(0)
+    assert health.condition is Condition.WELL
+
+
+def test_a_pause_outlasts_checks_and_healing_and_ends_by_start() -> None:
+    health = serving(1)
+    assert health.command(Command.PAUSE) and health.is_paused() and health.state is State.PAUSE
+    assert (health.live().status, health.ready().status, health.healthy()) == (200, 503, 503)
+    health.checked(State.ABNORMAL, "no token")
+    health.instance_down(0, "killed")
+    assert health.condition is Condition.HEALING
+    health.instance_up(0)
+    assert health.state is State.PAUSE and "paused" in health.ready().message
+    assert health.command(Command.REINIT) and health.state is State.READY and health.is_paused()
+    assert health.command(Command.START) and health.live() == (200, "")
+
+
+def test_a_start_that_fails_is_abnormal() -> None:
+    health = serving(1)
+    health.command(Command.PAUSE_ROCE)
+    health.instance_down(0, "killed")
+    assert not health.command(Command.START)
+    assert health.state is State.ABNORMAL and health.condition is Condition.HEALING
+    assert health.serving == {0: False}
+
+
+@pytest.mark.parametrize(
+    ("command", "before", "now"),
+    [
+        (Command.PAUSE, None, "INIT"),
+        (Command.START, None, "INIT"),
+        (Command.REINIT, [], "NORMAL"),
+        (Command.START, [], "NORMAL"),
+        (Command.PAUSE, [Command.PAUSE], "PAUSE"),
+        (Command.REINIT, [Command.PAUSE, Command.REINIT], "READY"),
+    ],
+)
+def test_a_command_is_refused_in_the_wrong_state(
+    command: Command, before: list[Command] | None, now: str
+) -> None:
+    health = Health() if before is None else serving()
+    for each in before or ():
+        health.command(each)
+    with pytest.raises(WrongState, match=f"`cmd` {command.value} .* while the state is {now}"):
+        health.command(command)
+
+
+def test_no_command_is_taken_by_a_service_that_stops() -> None:
+    health = serving()
+    health.stopping()
+    with pytest.raises(WrongState, match="while the state is stopping"):
+        health.command(Command.PAUSE)

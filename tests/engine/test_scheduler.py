@@ -17,6 +17,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import GroupStatus, Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
+from engine.wire.messages import PROBE
 
 EOS = 7
 LIMITS = ScheduleSettings(
@@ -40,11 +41,11 @@ def make_scheduler(num_blocks: int = 64, **limits: int) -> Scheduler:
 
 
 def make_group(
-    request_id: int, prompt: int, max_tokens: int = 8, now: float = 0.0, branches: int = 1
+    request_id: int, prompt: int, max_tokens: int = 8, now: float = 0.0, branches: int = 1, priority: int = 5
 ) -> SequenceGroup:
     params = SamplingParams(max_tokens, branches=branches)
     ids = np.arange(100, 100 + prompt, dtype=np.int32)
-    return SequenceGroup(request_id, ids, params, now=now)
+    return SequenceGroup(request_id, ids, params, priority=priority, now=now)
 
 
 def run_step(scheduler: Scheduler, now: float, token: int = 1) -> tuple[StepPlan | None, list[Outcome]]:
@@ -105,6 +106,35 @@ def test_running_never_exceeds_the_batch_size() -> None:
     for _ in range(4):
         run_step(scheduler, 1.0)
         assert len(scheduler.running) <= 3
+
+
+def test_a_probe_goes_before_everybody_and_takes_nobodys_place() -> None:
+    scheduler = make_scheduler(num_blocks=41, max_batch_size=1, max_prefill_batch_size=1, max_seq_len=200)
+    scheduler.add(make_group(1, prompt=60, max_tokens=100))
+    run_step(scheduler, 1.0)  # the batch is full
+    scheduler.add(make_group(2, prompt=3, now=1.0, priority=1))
+    scheduler.add(make_group(3, prompt=1, max_tokens=1, now=9.0, priority=PROBE))
+    assert scheduler.seconds_until_due(9.0) == 0.0
+    plan, outcomes = run_step(scheduler, 9.0)
+    assert plan is not None and plan.kind is StepKind.PREFILL
+    assert [(o.request_id, o.finish) for o in outcomes] == [(3, FinishCode.LENGTH)]
+    assert [group.request_id for group in scheduler.running] == [1]  # not preempted
+    plan, _ = run_step(scheduler, 9.0)
+    assert plan is not None and [seq.request_id for seq in plan.samples] == [1]
+    scheduler.check()
+
+
+def test_nobody_is_preempted_for_a_probe_and_it_keeps_nobody_from_a_protected_first_token() -> None:
+    scheduler = make_scheduler(num_blocks=4, max_queue_delay_us=0)
+    for request_id in (1, 2):
+        scheduler.add(make_group(request_id, prompt=7, max_tokens=30))
+    run_step(scheduler, 0.0)  # no block is free
+    scheduler.add(make_group(3, prompt=1, max_tokens=1, now=0.0, priority=PROBE))
+    plan, _ = run_step(scheduler, 1.0)
+    assert plan is not None and plan.kind is StepKind.DECODE and scheduler.num_preemptions == 0
+    scheduler.add(make_group(4, prompt=3, now=1.0))
+    scheduler._protect_first_token(100.0)
+    assert scheduler.num_preemptions == 1 and 2 in [group.request_id for group in scheduler.waiting]
 
 
 def test_decode_goes_first_when_few_blocks_are_free() -> None:
@@ -407,8 +437,12 @@ def run_random_schedule(seed: int) -> None:
     for step in range(120):
         arriving = step < 40
         if arriving and rng.random() < 0.6:
-            group = make_group(next_id, rng.randint(1, 60), rng.randint(1, 20), now, rng.choice([1, 1, 2, 3]))
-            group.priority = rng.randint(1, 5)
+            if rng.random() < 0.1:
+                group = make_group(next_id, prompt=1, max_tokens=1, now=now, priority=PROBE)
+            else:
+                width = rng.choice([1, 1, 2, 3])
+                group = make_group(next_id, rng.randint(1, 60), rng.randint(1, 20), now, width)
+                group.priority = rng.randint(1, 5)
             groups[next_id] = group
             for seq in group.sequences:
                 expected[next_id, seq.branch] = []
