@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from endpoint.bounds import Bounds
 from engine.errors import NotFound, WrongState
 from engine.settings import LoraSettings
 from engine.wire.messages import LoraLoad, LoraUnload
@@ -48,6 +49,12 @@ class AdapterRegistry:
             self._roots.clear()
             self._roots.update({name: path.name for name, path in self._paths.items()})
         return {name: str(path) for name, path in self._paths.items()}
+
+    def register_bounds(self, bounds: Bounds) -> None:
+        if self._settings.dynamic:
+            bounds.register(
+                "adapters", lambda: len(self._paths) + len(self._changing), self._settings.max_loras
+            )
 
     async def load(self, name: str, path: Path) -> None:
         """Until every instance serves it. Raises WrongState with the reason when that cannot be."""

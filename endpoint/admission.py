@@ -17,6 +17,14 @@ class Admission:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @property
+    def running(self) -> int:
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
     def is_full(self) -> bool:
         """Whether the next one would be refused."""
         return self._running >= self._limit and len(self._waiting) >= 2 * self._limit

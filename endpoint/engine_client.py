@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import zmq
 
+from endpoint.bounds import Bounds
 from endpoint.flights import Flight, Part, PromptRow, Token
 from endpoint.instance_link import InstanceLink, LinkEnds
 from endpoint.metadata import Occupancy
@@ -223,6 +224,24 @@ class EngineClient:
     def occupancy(self) -> list[Occupancy]:
         """How full each instance is, at most a second old."""
         return [_occupancy(link) for link in self._links]
+
+    def register_bounds(self, bounds: Bounds) -> None:
+        links = self._links
+        bounds.register(
+            "prompt_ring",
+            lambda: sum(link.ends.prompts.num_used for link in links if link.ends is not None),
+            sum(link.wire.prompt_ring.slots for link in links),
+        )
+        bounds.register(
+            "token_ring",
+            lambda: sum(link.ends.tokens.num_used for link in links if link.ends is not None),
+            sum(link.wire.token_ring.slots for link in links),
+        )
+        bounds.register(
+            "kv_blocks",
+            lambda: sum(each.total_blocks - each.free_blocks for each in self.occupancy()),
+            lambda: sum(each.total_blocks for each in self.occupancy()),
+        )
 
     # -- adapters -----------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from endpoint.bounds import Bounds
 from engine.errors import InvalidRequest, ServiceUnavailable
 from engine.grammar_limits import PARSER_LIMITS
 
@@ -84,6 +85,11 @@ class GrammarChecker:
                 f"`{field}` cannot be followed: {verdict.error}; simplify or correct it, or leave it out"
             )
         return verdict.translated or grammar
+
+    def register_bounds(self, bounds: Bounds, max_requests: int) -> None:
+        """`max_requests`: each waits for one trial at most."""
+        bounds.register("grammar_cache_bytes", lambda: self._size, self._cache_bytes)
+        bounds.register("grammar_trials", lambda: len(self._pending), max_requests)
 
     async def close(self) -> None:
         for trial in list(self._pending.values()):

@@ -28,7 +28,7 @@ class InstanceLink:
     def __init__(self, wire: InstanceWire, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.instance = wire.instance
         self.generation = -1
-        self._wire = wire
+        self.wire = wire
         self._context = context
         self.ends: LinkEnds | None = None  # None: before the first opening, and after the instance's death
         self.prompt_lock = asyncio.Lock()  # record and Submit must leave in the same order
@@ -41,10 +41,10 @@ class InstanceLink:
     def open(self, generation: int) -> LinkEnds:
         self.generation = generation
         self.ends = LinkEnds(
-            Channel(self._context, zmq.PUSH, self._wire.command_address(generation)),
-            Channel(self._context, zmq.PULL, self._wire.event_address(generation), bind=True),
-            RingWriter(self._wire.prompt_ring, generation),
-            RingReader(self._wire.token_ring, generation),
+            Channel(self._context, zmq.PUSH, self.wire.command_address(generation)),
+            Channel(self._context, zmq.PULL, self.wire.event_address(generation), bind=True),
+            RingWriter(self.wire.prompt_ring, generation),
+            RingReader(self.wire.token_ring, generation),
         )
         return self.ends
 

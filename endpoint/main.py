@@ -122,6 +122,8 @@ class _Endpoint:
             for listener, sock in listeners:
                 if "management" not in listener.planes:
                     await self._listen(listener, sock)
+            service.register_bounds(self._metrics.bounds)
+            self._adapters.register_bounds(self._metrics.bounds)
             service.is_paused = self._health.is_paused
             background = [asyncio.create_task(service.watch_deadlines())]
             if given.settings.npu_usage_threshold:

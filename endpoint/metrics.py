@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
 
+from endpoint.bounds import Bounds
 from endpoint.metadata import Occupancy
+from engine.settings import Plane
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -32,6 +37,29 @@ class Outcome:
     ok: bool = False
 
 
+class _BoundCollector(Collector):
+    """How full everything is that has a limit, read at the moment somebody asks."""
+
+    def __init__(self, bounds: Bounds, model: str) -> None:
+        self._bounds = bounds
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["model_name", "bound"]
+        used = GaugeMetricFamily("mindie_bound_used", "how much is taken of what has a limit", labels=labels)
+        limit = GaugeMetricFamily("mindie_bound_limit", "where it ends", labels=labels)
+        refused = CounterMetricFamily(
+            "mindie_bound_refused", "how often it was full and turned something away", labels=labels
+        )
+        for bound in self._bounds:
+            values = [self._model, bound.name]
+            used.add_metric(values, bound.used())
+            limit.add_metric(values, bound.limit())
+            if bound.refused is not None:
+                refused.add_metric(values, bound.refused())
+        yield from (used, limit, refused)
+
+
 class Metrics:
     """Counts what the handlers report; gauges are filled in when somebody asks."""
 
@@ -40,9 +68,13 @@ class Metrics:
         self._occupancy = occupancy
         self._registry = CollectorRegistry()
         self._model = model_name
+        self.bounds = Bounds()
+        self._registry.register(_BoundCollector(self.bounds, model_name))
         self._received = self._counter("request_received", "inference requests that arrived")
         self._success = self._counter("request_success", "requests that finished well")
         self._failed = self._counter("request_failed", "requests refused or failed")
+        self._cancelled = self._counter("mindie_request_cancelled", "requests whose client hung up")
+        self._in_flight = self._gauge("mindie_requests_in_flight", "requests that have not ended")
         self._preemptions = self._counter("num_preemptions", "requests preempted")
         self._gauge("all_radix_match_num", "prompt tokens looked up in the prefix cache")
         self._gauge("npu_radix_match_hit_num", "prompt tokens found in the prefix cache")
@@ -64,22 +96,37 @@ class Metrics:
         self._output_length = self._histogram("request_generation_tokens", "answer length", _TOKENS)
         self._recent_ttft: deque[float] = deque(maxlen=window)
         self._recent_tbt: deque[float] = deque(maxlen=window)
+        self._certificate_days = Gauge(
+            "mindie_certificate_expiry_days",
+            "days until the certificate of a plane expires",
+            ["model_name", "plane"],
+            registry=self._registry,
+        )
         self._snapshot = (time.monotonic(), 0.0, 0.0)
+        self._preempted: dict[int, int] = {}  # by instance, as last told
 
     # -- reported by the handlers -------------------------------------------------------------------
 
     @contextmanager
     def request(self) -> Iterator[Outcome]:
-        """Counts one request; the block sets `ok` when the answer is complete."""
+        """Counts one request, which ends as one of: success, failed, cancelled by its client.
+
+        The block sets `ok` when the answer is complete.
+        """
         self._received.inc()
         outcome = Outcome()
         start = time.monotonic()
+        end = self._failed
         try:
             yield outcome
+        except (asyncio.CancelledError, ConnectionError):
+            end = self._cancelled
+            raise
         finally:
-            (self._success if outcome.ok else self._failed).inc()
             if outcome.ok:
+                end = self._success
                 self._e2e.observe(time.monotonic() - start)
+            end.inc()
 
     def submitted(self, prompt_tokens: int) -> None:
         self._prompt_tokens.inc(prompt_tokens)
@@ -98,6 +145,10 @@ class Metrics:
         self._tpot.observe(seconds)
         self._recent_tbt.append(seconds)
 
+    def watch_certificate(self, plane: Plane, days_left: Callable[[], float]) -> None:
+        """Tell how long the certificate of this plane is still valid; `days_left` may be negative."""
+        self._certificate_days.labels(self._model, plane).set_function(days_left)
+
     def finished(self, generated_tokens: int) -> None:
         self._output_length.observe(generated_tokens)
 
@@ -111,11 +162,11 @@ class Metrics:
         self._running.set(sum(instance.running for instance in instances))
         self._waiting.set(sum(instance.waiting for instance in instances))
         self._swapped.set(sum(instance.swapped for instance in instances))
-        preempted = sum(instance.preemptions for instance in instances)
-        self._preemptions.inc(preempted - _value(self._preemptions))
+        self._count_preemptions(instances)
         self._cache_usage.set((total - free) / total if total else 0.0)
-        received = _value(self._received)
-        self._failed_share.set(_value(self._failed) / received if received else 0.0)
+        received, failed = _value(self._received), _value(self._failed)
+        self._failed_share.set(failed / received if received else 0.0)
+        self._in_flight.set(received - failed - _value(self._success) - _value(self._cancelled))
         self._update_rates()
         return generate_latest(self._registry)
 
@@ -134,6 +185,13 @@ class Metrics:
             for name, value in values.items()
         ]
         return {"resultType": "vector", "result": result}
+
+    def _count_preemptions(self, instances: Sequence[Occupancy]) -> None:
+        for number, instance in enumerate(instances):
+            told, before = instance.preemptions, self._preempted.get(number, 0)
+            # one that has been replaced counts from zero again, and the counter must not go back
+            self._preemptions.inc(told - before if told >= before else told)
+            self._preempted[number] = told
 
     def _update_rates(self) -> None:
         now, (then, prompt, generated) = time.monotonic(), self._snapshot

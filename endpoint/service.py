@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from endpoint.admission import Admission
+from endpoint.bounds import Bounds
 from endpoint.engine_client import EngineClient
 from endpoint.flights import Flight
 from endpoint.generation_stream import GenerationStream
@@ -184,6 +185,14 @@ class GenerationService:
     def is_saturated(self) -> bool:
         """Whether the next request would be refused because the line is full."""
         return self._admission.is_full
+
+    def register_bounds(self, bounds: Bounds) -> None:
+        limit = self._settings.max_link_num
+        bounds.register("requests_running", lambda: self._admission.running, limit)
+        bounds.register("requests_waiting", lambda: self._admission.waiting, 2 * limit)
+        bounds.register("tokenizer_queue", lambda: self._tokenizer.num_queued, limit)
+        self._grammars.register_bounds(bounds, limit)
+        self._engine.register_bounds(bounds)
 
     def stop_accepting(self) -> None:
         self._stopping = True

@@ -13,11 +13,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -36,6 +36,9 @@ from endpoint.validation import is_larger
 from engine.errors import EXIT_INIT, InvalidRequest, StartupError
 from engine.grammar_limits import vocabulary_shape
 from engine.tokenizer_files import complete, load, read_json, special_token_names
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _MAX_KWARGS_UNITS = 65_536
 _INLINE_CHARACTERS = 2000  # shorter texts are encoded faster than a thread is woken
@@ -66,6 +69,7 @@ class TokenizerPool:
         self._tokenizer = make_byte_tokenizer() if speaks_bytes else load(model_dir, trust_remote_code)
         complete(self._tokenizer, config, names)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
+        self.num_queued = 0  # texts given to the threads and not encoded yet
         self._eos_token = names.get("eos_token")
         self._model_dir = model_dir
         added = self._tokenizer.get_added_tokens_decoder()
@@ -131,14 +135,13 @@ class TokenizerPool:
         return self._guarded.encode(rendered, shield)
 
     async def _encode_by_client_template(self, prompt: ChatPrompt, template: str) -> list[int]:
-        loop = asyncio.get_running_loop()
         # 0.3 s for the longest messages when they are made of special tokens
-        shield, covered, end = await loop.run_in_executor(self._threads, self._covered, prompt)
+        shield, covered, end = await self._on_thread(self._covered, prompt)
         variables = template_variables(covered, self._special_names)
         rendered = await self._client_templates.render(template, variables)
         if end is not None:
             rendered = end.cut(rendered)
-        return await loop.run_in_executor(self._threads, self._encode_rendered, rendered, shield)
+        return await self._on_thread(self._encode_rendered, rendered, shield)
 
     def render_chat(self, prompt: ChatPrompt) -> str:
         """The text the template makes of a conversation. Raises InvalidRequest."""
@@ -152,7 +155,7 @@ class TokenizerPool:
     async def encode_async(self, text: str) -> list[int]:
         if len(text) < _INLINE_CHARACTERS:
             return self.encode(text)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.encode, text)
+        return await self._on_thread(self.encode, text)
 
     async def encode_chat_async(self, prompt: ChatPrompt) -> list[int]:
         if is_larger(prompt.template_kwargs, _MAX_KWARGS_UNITS):
@@ -163,7 +166,15 @@ class TokenizerPool:
             return await self._encode_by_client_template(prompt, prompt.template)
         if not is_larger([*prompt.messages, *prompt.tools, prompt.template_kwargs], _INLINE_CHARACTERS):
             return self.encode_chat(prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.encode_chat, prompt)
+        return await self._on_thread(self.encode_chat, prompt)
+
+    async def _on_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        self.num_queued += 1
+        try:
+            call = partial(work, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        finally:
+            self.num_queued -= 1
 
     def vocabulary(self, model_size: int) -> Vocabulary:
         """What grammars are compiled against; `model_size`: token ids of the model."""

@@ -98,6 +98,12 @@ def _take_all(fd: int) -> int:
         return 0
 
 
+def _peek(fd: int) -> int:
+    """How much `_take_all` would take, without taking it; some 40 us, so not for every request."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
+        return next(int(line.split()[1], 16) for line in info if line.startswith("eventfd-count:"))
+
+
 class RingWriter:
     def __init__(self, ring: Ring, generation: int = 0) -> None:
         self._ring = ring
@@ -105,6 +111,11 @@ class RingWriter:
         self._next = 0
         self._free = 0  # slots known to be free
         self.slots, self.slot_bytes = ring.slots, ring.slot_bytes
+
+    @property
+    def num_used(self) -> int:
+        """Slots written that the reader has not given back yet."""
+        return self._ring.slots - self._free - _peek(self._ring.free_fd)
 
     def reserve(self) -> memoryview | None:
         """The next slot to fill, or None when the reader has not freed one yet."""
@@ -130,6 +141,11 @@ class RingReader:
         self._generation = generation
         self._next = 0
         self._filled = 0  # slots known to be filled
+
+    @property
+    def num_used(self) -> int:
+        """Slots the writer has filled and we have not released yet."""
+        return self._filled + _peek(self._ring.filled_fd)
 
     def fileno(self) -> int:
         """Readable when slots were filled since the last `take` that found none left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import stat
 from dataclasses import fields
 from pathlib import Path
@@ -153,6 +154,23 @@ def test_a_child_that_has_missed_its_own_deadline_is_seen() -> None:
     assert vitals.overdue_s(0) < 0 and vitals.overdue_s(1) >= 2.0
     second.rest()
     assert vitals.overdue_s(1) < 0
+
+
+def test_how_full_a_ring_is_can_be_told_at_both_ends_without_a_trace() -> None:
+    ring = create_ring(_name(), slots=4, slot_bytes=64)
+    writer, reader = RingWriter(ring), RingReader(ring)
+    assert (writer.num_used, reader.num_used) == (0, 0)
+    for used in (1, 2, 3):
+        assert writer.reserve() is not None
+        writer.commit()
+        assert (writer.num_used, reader.num_used) == (used, used)
+        assert select.select([reader.fileno()], [], [], 0)[0], "the reader must still be woken"
+    assert reader.take() is not None
+    assert (writer.num_used, reader.num_used) == (3, 3)
+    for used in (2, 1, 0):
+        reader.release()
+        assert (writer.num_used, reader.num_used) == (used, used)
+        reader.take()
 
 
 def test_a_ring_crosses_a_fork_and_leaves_nothing_in_shm() -> None:
