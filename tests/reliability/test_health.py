@@ -75,6 +75,52 @@ def stopped(worker: psutil.Process) -> Iterator[None]:
             worker.send_signal(signal.SIGCONT)
 
 
+@contextlib.contextmanager
+def held_back(daemon: Daemon) -> Iterator[None]:
+    """An instance that has died, and whose successor does not get on with its start."""
+    before = {child.pid for child in daemon.children()}
+    daemon.child("worker").kill()
+
+    def successors() -> list[psutil.Process]:
+        return [child for child in daemon.children() if child.pid not in before]
+
+    eventually(successors, 30.0, "a new worker")
+    [successor] = successors()
+    with stopped(successor):
+        yield
+
+
+def test_P12_F01_an_instance_that_is_replaced_shows_while_another_serves(make_daemon: MakeDaemon) -> None:
+    config = echoes()
+    config["BackendConfig"] |= {"modelInstanceNumber": 2, "npuDeviceIds": [[0], [1]]}
+    daemon = make_daemon(config).start().wait_ready()
+    with held_back(daemon):
+        eventually(lambda: daemon.manage("/v2/health/live").body, 10.0, "a death that is told")
+        live, ready = daemon.manage("/v2/health/live"), daemon.manage("/v2/health/ready")
+        assert live.status == 200 and "is restarting (was killed by SIGKILL" in live.json()["message"]
+        assert ready.status == 200 and ready.body == b""
+        assert live.headers["degraded"] == ready.headers["degraded"] == "1 of 2 instances"
+        assert probes(daemon) == (200, 200, 200, 200) and state(daemon) == NORMAL
+        assert daemon.manage("/health/timed-10").status == 200
+        assert daemon.post("/v1/completions", completion()).status == 200
+    eventually(lambda: not daemon.manage("/v2/health/live").body, 30.0, "both instances")
+    assert "degraded" not in daemon.manage("/v2/health/ready").headers
+
+
+def test_P12_F01_without_an_instance_the_service_lives_but_is_not_ready(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(echoes()).start().wait_ready()
+    with held_back(daemon):
+        eventually(lambda: daemon.manage("/v2/health/ready").status == 503, 10.0, "a death that is told")
+        assert probes(daemon) == (200, 503, 503, 503) and state(daemon) == ABNORMAL
+        assert "no instance can serve now; instance 0" in daemon.manage("/v2/health/live").json()["message"]
+        answer = daemon.manage("/health/timed-10")
+        assert answer.status == 503 and "instance 0 is restarting" in answer.json()["error"]
+        scraped = daemon.request("GET", "/metrics", port=daemon.metrics_port)
+        assert scraped.status == 200
+    eventually(lambda: probes(daemon) == (200, 200, 200, 200), 30.0, "it serves again")
+    assert state(daemon) == NORMAL
+
+
 def test_F29_P12_a_full_queue_is_busy_and_the_deep_probe_does_not_stand_in_it(
     make_daemon: MakeDaemon,
 ) -> None:
