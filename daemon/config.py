@@ -12,8 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from daemon.config_environment import (
+    apply_overrides,
+    check_environment,
+    memory_fraction,
+    metrics_enabled,
+)
 from daemon.config_files import FILE_MODE, Permissions, find_model, find_tls_files, is_mock, is_there
-from daemon.config_json import FILE_DEPTH, VALUE_DEPTH, parse_json
+from daemon.config_json import FILE_DEPTH, parse_json
 from daemon.config_lora import find_adapters
 from daemon.config_models import find_chat_settings
 from daemon.config_report import ConfigError, Report, shown
@@ -28,7 +34,6 @@ from engine.settings import (
     ChatSettings,
     EndpointSettings,
     Listener,
-    LogSettings,
     LoraSettings,
     ModelSettings,
     ScheduleSettings,
@@ -38,11 +43,23 @@ from engine.settings import (
 _MAX_FILE_BYTES = 10 * 1024 * 1024
 _RAISED_TOKEN_TIMEOUT_S = 3600
 _RAISED_E2E_TIMEOUT_S = 65535
-_MEMORY_FRACTION = 0.8  # of the device memory, unless NPU_MEMORY_FRACTION says otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A configuration that can be used."""
+
+    settings: ServerSettings
+    values: Mapping[str, Any]  # every key's value by dotted path, defaults included; the log's keys aside
 
 
 def load_settings(config_file: Path | None, environ: Mapping[str, str], executable: Path) -> ServerSettings:
     """Find, read and judge config.json. Raises ConfigError with every finding."""
+    return load_config(config_file, environ, executable).settings
+
+
+def load_config(config_file: Path | None, environ: Mapping[str, str], executable: Path) -> LoadedConfig:
+    """As `load_settings`, and the keys it was made of."""
     root = installation_root(environ, executable)
     source, path = _locate(config_file, environ, root)
     report = Report()
@@ -50,30 +67,30 @@ def load_settings(config_file: Path | None, environ: Mapping[str, str], executab
     document = _read_document(source, path, permissions, report)
     if document is None:
         raise ConfigError(report.findings, path)
-    _apply_environment(document, environ, report)
+    apply_overrides(document, environ, report)
     values = read_values(document, report)
     check_rules(values, report)
-    memory_fraction = _memory_fraction(environ, report)
+    check_environment(environ, values, report)
+    fraction = memory_fraction(environ, values, report)
     listeners = _listeners(root, values, permissions, report)
     weight_path, lora = Path(), LoraSettings()
     if values.has(f"{MODEL}.modelWeightPath"):
         weight_path = find_model(root, values, permissions, report)
         lora = find_adapters(root, weight_path, values, permissions, report)
     chat = find_chat_settings(root, values, permissions, report)
-    if report.findings:
-        raise ConfigError([*report.findings, *_certificate_findings(listeners)], path)
-
     log, log_warnings = read_log_settings(document.get("LogConfig"))
     report.warnings += log_warnings
-    _remark(document, listeners, report)
-    _remark_without_effect(log, memory_fraction, values, report)
+    _remark(document, values, listeners, report)
+    if report.findings:
+        raise ConfigError([*report.findings, *_certificate_findings(listeners)], path, report.warnings)
+
     ipc_dir = values.text(f"{RUNTIME}.ipcDir")
-    return ServerSettings(
+    settings = ServerSettings(
         root=root,
         config_file=path,
         endpoint=_endpoint(values, listeners, environ, report),
         schedule=_schedule(values, report),
-        model=_model(values, weight_path, memory_fraction, lora, chat),
+        model=_model(values, weight_path, fraction, lora, chat),
         log=log,
         device_ids=tuple(tuple(ids) for ids in values.raw(f"{BACKEND}.npuDeviceIds")),
         worker_init_timeout_s=values.integer(f"{RUNTIME}.workerInitTimeoutSec"),
@@ -81,7 +98,9 @@ def load_settings(config_file: Path | None, environ: Mapping[str, str], executab
         graceful_stop_timeout_s=values.integer(f"{RUNTIME}.gracefulStopTimeoutSec"),
         ipc_dir=root / ipc_dir if ipc_dir else None,
         warnings=tuple(report.warnings),
+        notes=tuple(report.notes),
     )
+    return LoadedConfig(settings, values.by_path())
 
 
 # --- file ---
@@ -140,66 +159,6 @@ def _read_document(
     return document
 
 
-# --- environment ---
-
-
-@dataclass(frozen=True, slots=True)
-class _Override:
-    variable: str
-    section: str
-    key: str
-    is_json: bool = False
-
-
-_OVERRIDES = (
-    _Override("MIES_CONTAINER_IP", SERVER, "ipAddress"),
-    _Override("MIES_CONTAINER_MANAGEMENT_IP", SERVER, "managementIpAddress"),
-    _Override("NPU_DEVICE_IDS", BACKEND, "npuDeviceIds", is_json=True),
-    _Override("MINDIE_DEVICE_TYPE", RUNTIME, "deviceType"),
-)
-
-
-def _apply_environment(document: dict[str, Any], environ: Mapping[str, str], report: Report) -> None:
-    """Write overriding variables over the keys they replace, so that they are validated like the keys."""
-    for override in _OVERRIDES:
-        text = environ.get(override.variable)
-        if not text:
-            continue
-        value: Any = text
-        if override.is_json:
-            value, faults = parse_json(text, VALUE_DEPTH)
-            if faults:
-                report.refuse(override.variable, text, faults[0].wrong, "a JSON list of lists of device ids")
-                continue
-        section = _section_to_override(document, override.section)
-        if section is not None:
-            section[override.key] = value
-            path = f"{override.section}.{override.key}"
-            report.came_from(path, override.variable)
-            report.warn(f"{path}={text} taken from environment variable {override.variable}")
-
-
-def _section_to_override(document: dict[str, Any], path: str) -> dict[str, Any] | None:
-    """The section's members; only runtimeConfig, which may be absent, is made when missing."""
-    section: Any = document
-    for name in path.split("."):
-        if path == RUNTIME and name == "runtimeConfig" and isinstance(section, dict):
-            section.setdefault(name, {})
-        section = section.get(name) if isinstance(section, dict) else None
-    return section if isinstance(section, dict) else None
-
-
-def _memory_fraction(environ: Mapping[str, str], report: Report) -> float:
-    text = environ.get("NPU_MEMORY_FRACTION") or str(_MEMORY_FRACTION)
-    try:
-        fraction = float(text)
-    except ValueError:
-        fraction = 0.0
-    if not 0.0 < fraction <= 1.0:
-        report.refuse("NPU_MEMORY_FRACTION", text, "not a usable share of the device memory", "(0, 1]")
-    return fraction
-
-
 # --- slices ---
 
 
@@ -229,28 +188,19 @@ def _certificate_findings(listeners: tuple[Listener, ...]) -> list[str]:
     return []
 
 
-def _remark(document: Mapping[str, Any], listeners: tuple[Listener, ...], report: Report) -> None:
+def _remark(
+    document: Mapping[str, Any], values: Values, listeners: tuple[Listener, ...], report: Report
+) -> None:
     """Things that are allowed and still deserve a line in the log."""
     if document.get("Version") != "1.0.0":
         report.warn(f'Version={shown(document.get("Version"))}: expected "1.0.0"; read as if it were')
-    if any(listener.tls is None for listener in listeners):
+    https = f"{SERVER}.httpsEnabled"
+    if values.has(https) and not values.flag(https):
         report.warn(f"{SERVER}.httpsEnabled=false: security: requests and answers travel unencrypted")
     by_plane = {listener.planes[0]: listener.tls for listener in listeners if listener.tls}
     business, management = by_plane.get("business"), by_plane.get("management")
     if business and management and business.cert_file == management.cert_file:
         report.warn(f"{SERVER}.managementTlsCert is the business certificate; separate sets are recommended")
-
-
-def _remark_without_effect(log: LogSettings, memory_fraction: float, values: Values, report: Report) -> None:
-    """What is asked for outside of the sections that config_rules.py looks at, and not done by this build."""
-    later = "not available in this build yet"
-    if log.dynamic_level:
-        report.warn(f"LogConfig.dynamicLogLevel={shown(log.dynamic_level)}: {later}; use MINDIE_LOG_LEVEL")
-    device_type = values.text(f"{RUNTIME}.deviceType")
-    if memory_fraction != _MEMORY_FRACTION and device_type in ("auto", "cpu"):
-        report.warn(
-            f"NPU_MEMORY_FRACTION={memory_fraction}: without effect on the CPU; npuMemSize limits the cache"
-        )
 
 
 def _endpoint(
@@ -260,7 +210,7 @@ def _endpoint(
     e2e_timeout = values.integer(f"{SERVER}.e2eTimeout")
     if values.flag("EnableDynamicAdjustTimeoutConfig"):
         token_timeout, e2e_timeout = _RAISED_TOKEN_TIMEOUT_S, _RAISED_E2E_TIMEOUT_S
-        report.warn(
+        report.note(
             "EnableDynamicAdjustTimeoutConfig=true: "
             f"tokenTimeout is {token_timeout} s, e2eTimeout {e2e_timeout} s"
         )
@@ -274,7 +224,7 @@ def _endpoint(
         token_timeout_s=token_timeout,
         e2e_timeout_s=e2e_timeout,
         tokenizer_threads=values.integer(f"{BACKEND}.tokenizerProcessNumber"),
-        metrics_enabled=environ.get("MIES_SERVICE_MONITOR_MODE") != "0",
+        metrics_enabled=metrics_enabled(environ, report),
         npu_usage_threshold=values.integer(f"{HEALTH}.npuUsageThreshold"),
     )
 
@@ -286,7 +236,7 @@ def _schedule(values: Values, report: Report) -> ScheduleSettings:
         return values.integer(f"{SCHEDULE}.{key}")
 
     def adjusted(key: str, value: int, why: str) -> int:
-        report.warn(f"{SCHEDULE}.{key}={number(key)}: {value} is used, {why}")
+        report.note(f"{SCHEDULE}.{key}={number(key)}: {value} is used, {why}")
         return value
 
     max_seq_len = values.integer(f"{DEPLOY}.maxSeqLen")

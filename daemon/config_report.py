@@ -13,11 +13,18 @@ _SHOWN_CHARS = 120
 class ConfigError(StartupError):
     """config.json cannot be used. The text is one line per finding, then the file and their number."""
 
-    def __init__(self, findings: list[str], config_file: Path) -> None:
-        count = len(findings)
-        last = f"{config_file}: {count} error{'' if count == 1 else 's'}"
-        super().__init__("\n".join([*findings, last]), EXIT_CONFIG)
+    def __init__(self, findings: list[str], config_file: Path, warnings: list[str] | None = None) -> None:
+        """`warnings` stay out of the text: they do not keep the server from starting."""
+        super().__init__(
+            "\n".join([*findings, f"{config_file}: {counted(len(findings), 'error')}"]), EXIT_CONFIG
+        )
         self.findings = tuple(findings)
+        self.warnings = tuple(warnings or ())
+        self.config_file = config_file
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def shown(value: object) -> str:
@@ -29,11 +36,12 @@ def shown(value: object) -> str:
 
 
 class Report:
-    """Findings refuse the start, warnings are handed on to the log."""
+    """Findings refuse the start; warnings and notes (adjustments, overrides) are handed on to the log."""
 
     def __init__(self) -> None:
         self.findings: list[str] = []
         self.warnings: list[str] = []
+        self.notes: list[str] = []
         self._sources: dict[str, str] = {}
 
     def came_from(self, key: str, variable: str) -> None:
@@ -41,25 +49,34 @@ class Report:
         self._sources[key] = variable
 
     def refuse(
-        self, key: str, value: object, wrong: str, allowed: str, see: tuple[str, object] | None = None
+        self,
+        key: str,
+        value: object,
+        wrong: str,
+        allowed: str,
+        see: tuple[str, object] | None = None,
+        hint: str = "",
     ) -> None:
-        self._add(key, shown(value), wrong, allowed, see)
+        self._add(key, shown(value), wrong, allowed, f"see {see[0]}={shown(see[1])}" if see else hint)
 
     def malformed(self, key: str, value: str, wrong: str) -> None:
         """Like `refuse`, with `value` in the words of the one who found the fault."""
-        self._add(key, value, wrong, "strict JSON", None)
+        self._add(key, value, wrong, "strict JSON", "")
 
-    def absent(self, key: str, allowed: str) -> None:
-        self._add(key, "<absent>", "required key is missing", allowed, None)
+    def absent(self, key: str, allowed: str, hint: str = "") -> None:
+        self._add(key, "<absent>", "required key is missing", allowed, hint)
 
-    def _add(self, key: str, value: str, wrong: str, allowed: str, see: tuple[str, object] | None) -> None:
+    def _add(self, key: str, value: str, wrong: str, allowed: str, hint: str) -> None:
         variable = self._sources.get(key) or self._sources.get(key.partition("[")[0])
         if variable:
             wrong += f" (value from environment variable {variable})"
-        line = f"[config] {key}={value}: {wrong}; allowed: {allowed}"
-        if see is not None:
-            line += f"; see {see[0]}={shown(see[1])}"
-        self.findings.append(line)
+        self.findings.append(
+            f"[config] {key}={value}: {wrong}; allowed: {allowed}" + (f"; {hint}" if hint else "")
+        )
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+    def note(self, text: str) -> None:
+        """Something that was done and is as it should be: for the log at INFO."""
+        self.notes.append(text)

@@ -6,7 +6,9 @@ exist on disk in config_files.py. A row's default is the value assumed when the 
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import json
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,6 +78,21 @@ class Key:
         if self.pattern and not re.fullmatch(self.pattern, value):  # type: ignore[call-overload]
             return "malformed"
         return _text_fault(self, value)
+
+    def meant(self, value: object) -> str:
+        """A guess at what a faulty value should have been: another spelling, or the same without quotes."""
+        candidates: list[Any] = []
+        if isinstance(value, str):
+            names = {choice.lower(): choice for choice in self.choices if isinstance(choice, str)}
+            candidates += [names[near] for near in difflib.get_close_matches(value.lower(), names, 1, 0.7)]
+            candidates += [int(value)] if re.fullmatch(r"-?\d{1,18}", value.strip()) else []
+            candidates += [{"true": True, "false": False}.get(value.strip().lower())]
+        elif isinstance(value, float) and value.is_integer():
+            candidates += [int(value)]
+        elif self.kind == "bool" and value in (0, 1):
+            candidates += [bool(value)]
+        usable = [item for item in candidates if item is not None and self.fault(item) is None]
+        return f"did you mean {json.dumps(usable[0])}?" if usable else ""
 
 
 _KIND_TEXT: dict[Kind, str] = {
@@ -338,26 +355,3 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
 )  # fmt: skip
-
-# Known names that do nothing here: (section, name pattern, why). Their values are not looked at.
-IGNORED: tuple[tuple[str, str, str], ...] = (
-    (SERVER, "kmcKsf*", "key passwords are plain files here"),
-    (SERVER, "interComm*", "for inferMode=dmi only"),
-    (SERVER, "layerwiseDisaggregated*", "for edge-cloud split only"),
-    (BACKEND, "interNode*", "for multiNodesInferEnabled=true only"),
-    (BACKEND, "pipelineNumber", "now modelInstanceNumber"),
-    (MODEL, "async_scheduler_wait_time", "no effect"),
-    (MODEL, "kv_trans_timeout", "for prefill/decode disaggregation only"),
-    (MODEL, "kv_link_timeout", "for prefill/decode disaggregation only"),
-    (SCHEDULE, "enablePrefixCache", "now plugin_params"),
-    (SCHEDULE, "enableSplit", "now plugin_params"),
-    (SCHEDULE, "enablChunkedPrefill", "now plugin_params"),
-    (SCHEDULE, "split*", "now plugin_params"),
-    (SCHEDULE, "layerwiseDisaggregated", "for edge-cloud split only"),
-)
-
-# Names of an older layout, which cannot be read as this one: name -> what replaced it.
-OLD_SECTIONS: dict[str, str] = {
-    "ModelDeployParam": DEPLOY,
-    "ScheduleParam": SCHEDULE,
-}

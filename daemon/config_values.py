@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from daemon.config_history import (
+    LOG,
+    OLD_SECTIONS,
+    RENAMED,
+    ignored_names,
+    ignored_reason,
+)
 from daemon.config_json import join
 from daemon.config_report import Report
 from daemon.config_schema import (
-    IGNORED,
     MODEL,
-    OLD_SECTIONS,
     REQUIRED,
     SECTIONS,
     SERVER,
@@ -22,6 +26,8 @@ from daemon.config_schema import (
 )
 
 _MODEL_LIST = MODEL.removesuffix("[0]")
+_LOG_KEYS = ("dynamicLogLevel", "dynamicLogLevelValidHours", "dynamicLogLevelValidTime")
+_LOG_SECTION = Section(LOG, (), required=False)  # log_settings.py reads it, as it may change while serving
 
 
 class Values:
@@ -32,6 +38,10 @@ class Values:
 
     def put(self, path: str, value: object) -> None:
         self._by_path[path] = value
+
+    def by_path(self) -> Mapping[str, Any]:
+        """All of them, to be read only."""
+        return self._by_path
 
     def drop(self, path: str) -> None:
         self._by_path.pop(path, None)
@@ -57,28 +67,19 @@ class Values:
 
 
 def read_values(document: Mapping[str, Any], report: Report) -> Values:
-    """Look at every key of every section. Findings and the two warnings about names go to `report`."""
+    """Look at every key of every section. Findings and the warnings about names go to `report`."""
     values = Values()
-    unknown: list[str] = []
-    ignored: dict[tuple[str, str], list[str]] = {}
+    names = _Names(report)
     for section, members in _sections(document, report):
         keys = section.keys + (TLS_KEYS if section.path == SERVER else ())
-        strangers = _sort_names(section, members, keys, report, unknown, ignored)
-        for key in section.keys:
-            _read_key(section.path, key, members, strangers, report, values)
-        if section.path == SERVER and members.get("httpsEnabled") is True:
-            for key in TLS_KEYS:
-                _read_key(SERVER, key, members, strangers, report, values)
-    if unknown:
-        report.warn("unknown keys, ignored: " + ", ".join(unknown))
-    if ignored:
-        groups = (
-            f"{path}.{names[0]} ({reason})"
-            if len(names) == 1
-            else f"{path}.{{{', '.join(names)}}} ({reason})"
-            for (path, reason), names in ignored.items()
-        )
-        report.warn("keys without effect in this server, ignored: " + "; ".join(groups))
+        strangers = names.sort(section, members, [key.name for key in keys])
+        if section.path == SERVER and members.get("httpsEnabled") is not True:
+            keys = section.keys
+        for key in keys:
+            _read_key(section.path, key, document, members, strangers, report, values)
+    if isinstance(document.get(LOG), dict):
+        names.sort(_LOG_SECTION, document[LOG], list(_LOG_KEYS))
+    names.warn()
     return values
 
 
@@ -90,22 +91,22 @@ def _sections(document: Mapping[str, Any], report: Report) -> list[tuple[Section
         if section.path == "":
             found[""] = document
         elif parent_path in found:
-            members = _section_members(section, found[parent_path], name, report)
+            members = _section_members(section, document, found[parent_path], name, report)
             if members is not None:
                 found[section.path] = members
     return [(section, found[section.path]) for section in SECTIONS if section.path in found]
 
 
 def _section_members(
-    section: Section, parent: Mapping[str, Any], name: str, report: Report
+    section: Section, document: Mapping[str, Any], parent: Mapping[str, Any], name: str, report: Report
 ) -> Mapping[str, Any] | None:
     if section.path == MODEL:
-        return _only_model(parent.get("ModelConfig", REQUIRED), report)
+        return _only_model(document, parent.get("ModelConfig", REQUIRED), report)
     value = parent.get(name, REQUIRED)
     if value is REQUIRED:
         if not section.required:
             return {}
-        report.absent(section.path, "an object")
+        report.absent(section.path, "an object", _where_instead(document, name))
         return None
     if not isinstance(value, dict):
         report.refuse(section.path, value, "must be an object", "an object")
@@ -113,10 +114,10 @@ def _section_members(
     return value
 
 
-def _only_model(value: object, report: Report) -> Mapping[str, Any] | None:
+def _only_model(document: Mapping[str, Any], value: object, report: Report) -> Mapping[str, Any] | None:
     allowed = "an array of exactly one object"
     if value is REQUIRED:
-        report.absent(_MODEL_LIST, allowed)
+        report.absent(_MODEL_LIST, allowed, _where_instead(document, "ModelConfig"))
     elif not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         report.refuse(_MODEL_LIST, value, "must be an array of objects", allowed)
     elif len(value) != 1:
@@ -127,48 +128,71 @@ def _only_model(value: object, report: Report) -> Mapping[str, Any] | None:
     return None
 
 
-def _sort_names(
-    section: Section,
-    members: Mapping[str, Any],
-    keys: tuple[Key, ...],
-    report: Report,
-    unknown: list[str],
-    ignored: dict[tuple[str, str], list[str]],
-) -> list[str]:
-    """Tell known, ignored, outdated and unknown members apart; the unknown ones are also returned."""
-    known = [key.name for key in keys] + _subsection_names(section.path)
-    strangers = []
-    for name in members:
-        if name in known:
-            continue
-        if reason := _ignored_reason(section.path, name):
-            ignored.setdefault((section.path, reason), []).append(name)
-        elif name in OLD_SECTIONS:
-            wrong = "section of an older file layout, which is built differently"
-            report.refuse(join(section.path, name), {}, wrong, f"{OLD_SECTIONS[name]}, written anew")
-        else:
-            strangers.append(name)
-            if section.strict:
-                hint = _did_you_mean(name, known)
-                report.refuse(join(section.path, name), members[name], f"unknown key{hint}", ", ".join(known))
+# --- names ---
+
+
+class _Names:
+    """Tells known, ignored, renamed, outdated and unknown members apart, and gathers what to say of them."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._unknown: list[str] = []
+        self._renamed: list[str] = []
+        self._ignored: dict[tuple[str, str], list[str]] = {}
+
+    def sort(self, section: Section, members: Mapping[str, Any], keys: list[str]) -> list[str]:
+        """Sort a section's members; those that are unknown or were renamed are also returned."""
+        known = keys + _subsection_names(section.path)
+        strangers = []
+        for name in members:
+            if name in known:
+                continue
+            path = join(section.path, name)
+            if reason := ignored_reason(section.path, name):
+                self._ignored.setdefault((section.path, reason), []).append(name)
+            elif name in OLD_SECTIONS:
+                wrong = "section of an older file layout, which is built differently"
+                self._report.refuse(path, {}, wrong, f"{OLD_SECTIONS[name]}, written anew")
+            elif now := RENAMED.get(section.path, {}).get(name):
+                strangers.append(name)
+                self._renamed.append(f"{path} (now {now})")
             else:
-                unknown.append(join(section.path, name) + (_did_you_mean(name, known) or _belongs(name)))
-    return strangers
+                strangers.append(name)
+                self._stranger(section, name, members[name], known)
+        return strangers
+
+    def _stranger(self, section: Section, name: str, value: object, known: list[str]) -> None:
+        path = join(section.path, name)
+        if section.strict:
+            hint = _did_you_mean(name, known)
+            self._report.refuse(path, value, f"unknown key{hint}", ", ".join(known))
+            return
+        hint = _did_you_mean(name, known + ignored_names(section.path)) or _belongs(section.path, name)
+        self._unknown.append(path + hint)
+
+    def warn(self) -> None:
+        """One warning for each kind of name that is not read."""
+        if self._unknown:
+            self._report.warn("unknown keys, ignored: " + ", ".join(self._unknown))
+        if self._renamed:
+            self._report.warn("keys under names of older versions, ignored: " + ", ".join(self._renamed))
+        if self._ignored:
+            groups = (
+                f"{path}.{names[0]} ({reason})"
+                if len(names) == 1
+                else f"{path}.{{{', '.join(names)}}} ({reason})"
+                for (path, reason), names in self._ignored.items()
+            )
+            self._report.warn("keys without effect in this server, ignored: " + "; ".join(groups))
 
 
 def _subsection_names(path: str) -> list[str]:
-    names = ["Version", "LogConfig"] if path == "" else []
+    names = ["Version", LOG] if path == "" else []
     for section in SECTIONS[1:]:
         parent, _, name = section.path.rpartition(".")
         if parent == path:
             names.append(name.removesuffix("[0]"))
     return names
-
-
-def _ignored_reason(section_path: str, name: str) -> str | None:
-    return next(
-        (why for path, pattern, why in IGNORED if path == section_path and fnmatchcase(name, pattern)), None
-    )
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
@@ -177,14 +201,40 @@ def _did_you_mean(name: str, known: list[str]) -> str:
     return f" (did you mean {lowered[close[0]]}?)" if close else ""
 
 
-def _belongs(name: str) -> str:
-    home = next((section.path for section in SECTIONS if any(key.name == name for key in section.keys)), None)
-    return f" (belongs to {home})" if home else ""
+def _belongs(path: str, name: str) -> str:
+    """Which other section has a key or a subsection of that name."""
+    homes = [
+        section.path
+        for section in SECTIONS
+        if any(key.name == name for key in section.keys) or name in _subsection_names(section.path)
+    ]
+    return f" (belongs to {homes[0] or 'the top level'})" if homes and homes[0] != path else ""
+
+
+def _where_instead(document: Mapping[str, Any], name: str) -> str:
+    """Where else in the file something of that name lies."""
+    places = [path for path, found in _members(document, "") if found == name]
+    return f"the file has it at {', '.join(places)}: move it" if places else ""
+
+
+def _members(value: object, path: str) -> Iterator[tuple[str, str]]:
+    """(path, name) of every member of every object in the document."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield join(path, name), name
+            yield from _members(child, join(path, name))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _members(child, f"{path}[{index}]")
+
+
+# --- values ---
 
 
 def _read_key(
     section_path: str,
     key: Key,
+    document: Mapping[str, Any],
     members: Mapping[str, Any],
     strangers: list[str],
     report: Report,
@@ -194,11 +244,20 @@ def _read_key(
     value = members.get(key.name, key.default)
     if key.name not in members:
         if value is REQUIRED:
-            close = difflib.get_close_matches(key.name, strangers, 1, 0.75)
-            report.absent(path, key.permitted() + (f" (is {close[0]} a misspelling?)" if close else ""))
+            hint = _other_name(section_path, key.name, strangers) or _where_instead(document, key.name)
+            report.absent(path, key.permitted(), hint)
         else:
             values.put(path, value)
     elif fault := key.fault(value):
-        report.refuse(path, value, fault, key.permitted())
+        report.refuse(path, value, fault, key.permitted(), hint=key.meant(value))
     else:
         values.put(path, value)
+
+
+def _other_name(section_path: str, name: str, strangers: list[str]) -> str:
+    """What stands in the section under a former or a misspelled name."""
+    for former, now in RENAMED.get(section_path, {}).items():
+        if former in strangers and now == name:
+            return f"the file has {former}, its name in older versions"
+    close = difflib.get_close_matches(name, strangers, 1, 0.75)
+    return f"is {close[0]} a misspelling of it?" if close else ""

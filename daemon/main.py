@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from daemon.addresses import bind_listeners
 from daemon.config import load_settings
+from daemon.config_check import check_config, url
 from daemon.forks import Birth, Forker
 from daemon.logs import set_up_logging
 from daemon.plan import plan_processes
@@ -21,8 +22,8 @@ from daemon.rundir import Doors, make_run_dir, run_name, sweep_stale
 from daemon.supervisor import Limits, Supervisor, install_signal_pipe
 from endpoint.context import EndpointContext
 from endpoint.tls import check_listeners
-from engine.errors import EXIT_CONFIG, EXIT_USAGE, StartupError
-from engine.settings import Listener, ServerSettings
+from engine.errors import EXIT_USAGE, StartupError
+from engine.settings import ServerSettings
 from engine.title import hide_interpreter, set_process_name
 from engine.wire import sizes
 from engine.wire.links import Control, InstanceWire
@@ -74,28 +75,30 @@ def main() -> int:
     set_up_logging(environ)
     # memory holds user text: no core file unless the operator raises the limit again
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    executable = Path(sys.argv[0]).absolute()
+    if options.check_config:
+        return check_config(options.config_file, environ, executable)
     try:
-        settings = load_settings(options.config_file, environ, Path(sys.argv[0]).absolute())
+        settings = load_settings(options.config_file, environ, executable)
+        for note in settings.notes:
+            log.info("%s", note)
         for warning in settings.warnings:
             log.warning("%s", warning)
         for warning in check_listeners(settings.endpoint.listeners):
             log.warning("%s", warning)
-        if options.check_config:
-            log.info("%s is valid", settings.config_file)
-            return 0
         if options.expert_parallel == "true":
             log.warning("--expert-parallel true is not supported by this build and has no effect")
         return _serve(settings, wakeup_fd)
     except StartupError as error:
         # written as it is: several findings are several lines
         print(error, file=sys.stderr, flush=True)
-        return EXIT_CONFIG if options.check_config else error.exit_code
+        return error.exit_code
 
 
 def _serve(settings: ServerSettings, wakeup_fd: int) -> int:
     """Cheap failures first, in the order of operations.md section 2; then fork."""
     for listener in settings.endpoint.listeners:
-        log.info("%s plane: %s", "+".join(listener.planes), _url(listener))
+        log.info("%s plane: %s", "+".join(listener.planes), url(listener))
     if not os.access(os.getcwd(), os.W_OK):
         log.warning("%s is not writable; device compilers write kernel_meta* there", os.getcwd())
     sockets = bind_listeners(settings.endpoint.listeners)
@@ -173,8 +176,3 @@ def _make_wire(settings: ServerSettings, name: str, run_dir: Path, instance: int
         prompt_ring=create_ring(f"{name}_prompt{instance}", sizes.PROMPT_SLOTS, prompt_bytes),
         token_ring=create_ring(f"{name}_token{instance}", sizes.TOKEN_SLOTS, sizes.TOKEN_SLOT_BYTES),
     )
-
-
-def _url(listener: Listener) -> str:
-    host = f"[{listener.address}]" if ":" in listener.address else listener.address
-    return f"{'https' if listener.tls else 'http'}://{host}:{listener.port}"

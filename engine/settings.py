@@ -142,3 +142,4 @@ class ServerSettings:
     graceful_stop_timeout_s: int
     ipc_dir: Path | None  # None: a private directory under the system's temporary directory
     warnings: tuple[str, ...]  # to be logged once the log is open
+    notes: tuple[str, ...] = ()  # adjustments and overrides, to be logged as they are no fault

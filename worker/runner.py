@@ -18,9 +18,10 @@ from engine.settings import ModelSettings, ScheduleSettings
 from worker.attention.base import AttentionSpec
 from worker.attention.registry import make_attention
 from worker.batch import make_batch, split_plan
+from worker.cache_size import activation_bytes, count_blocks
 from worker.config_values import ConfigValues
 from worker.hf_config import eos_token_ids
-from worker.kv_cache import KvCache, KvSpec, activation_bytes, count_blocks
+from worker.kv_cache import KvCache, KvSpec
 from worker.loader import Checkpoint
 from worker.lora_table import LoraTable
 from worker.models.registry import model_class

@@ -153,3 +153,9 @@ class Home:
         found = [warning for warning in self.load().warnings if part in warning]
         assert len(found) == 1, found
         return found[0]
+
+    def note(self, part: str) -> str:
+        """The one note that holds `part`."""
+        found = [note for note in self.load().notes if part in note]
+        assert len(found) == 1, found
+        return found[0]

@@ -276,7 +276,7 @@ def test_other_version_is_a_warning(home: Home, version: object) -> None:
 
 def test_misspelt_required_key_is_pointed_out(home: Home) -> None:
     home.schedule["maxPrefilTokens"] = home.schedule.pop("maxPrefillTokens")
-    assert "is maxPrefilTokens a misspelling?" in home.only_finding()
+    assert "is maxPrefilTokens a misspelling of it?" in home.only_finding()
 
 
 def test_unknown_runtime_member_is_refused(home: Home) -> None:
@@ -427,7 +427,7 @@ def test_duplicate_keys_and_nan_are_named_with_their_paths(home: Home) -> None:
 
 def test_applied_override_leaves_one_line(home: Home) -> None:
     home.environ = {"NPU_DEVICE_IDS": "[[3]]"}
-    assert home.warning("NPU_DEVICE_IDS").startswith("BackendConfig.npuDeviceIds=[[3]]")
+    assert home.note("NPU_DEVICE_IDS").startswith("BackendConfig.npuDeviceIds=[[3]]")
 
 
 @pytest.mark.parametrize(
@@ -475,14 +475,14 @@ def test_stock_values_of_variables_without_effect_are_not_mentioned(home: Home) 
 def test_zero_prefill_batch_means_max_batch(home: Home) -> None:
     home.schedule["maxPrefillBatchSize"] = 0
     assert home.load().schedule.max_prefill_batch_size == 200
-    assert "200 is used" in home.warning("maxPrefillBatchSize=0")
+    assert "200 is used" in home.note("maxPrefillBatchSize=0")
 
 
 def test_a_recomputed_sequence_always_fits_one_prefill(home: Home) -> None:
     home.schedule["maxPrefillTokens"] = 2048
     schedule = home.load().schedule
     assert schedule.max_prefill_tokens == min(2560, 2048 + 512)
-    assert "2560 is used" in home.warning("maxPrefillTokens=2048")
+    assert "2560 is used" in home.note("maxPrefillTokens=2048")
 
 
 def test_batch_follows_prefill_tokens_and_takes_the_others_along(home: Home) -> None:
@@ -500,7 +500,7 @@ def test_all_sequences_of_a_request_fit_one_prefill_step(
         home.schedule["maxN"] = given
     settings = home.load()
     assert settings.schedule.max_n == expected
-    assert any("maxN=128: 50 is used" in warning for warning in settings.warnings) == (given == 128)
+    assert any("maxN=128: 50 is used" in note for note in settings.notes) == (given == 128)
 
 
 def test_prompt_limit_leaves_room_for_a_token(home: Home) -> None:

@@ -255,7 +255,6 @@ def test_tensor_parallelism_is_refused(home: Home) -> None:
         ("schedule", {"dynamicBatchSizeEnable": True}),
         ("schedule", {"prefillChunkSize": 512}),
         ("server", {"openAiSupport": "openai"}),
-        ("document", {"LogConfig": {"dynamicLogLevel": "debug"}}),
     ],
 )
 def test_what_only_changes_speed_is_announced(home: Home, section: str, changes: dict[str, object]) -> None:

@@ -21,7 +21,8 @@ from worker.hf_config import parse_rope as parse_rope_of
 from worker.layers.rotary import inverse_frequencies
 from worker.models.llama import LlamaForCausalLM
 from worker.models.qwen2 import Qwen2ForCausalLM
-from worker.models.registry import MODELS, model_class
+from worker.models.registry import model_class
+from worker.models.table import MODELS
 
 BASE: dict[str, Any] = {
     "vocab_size": 100,

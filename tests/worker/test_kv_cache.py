@@ -13,8 +13,9 @@ import torch
 from engine.errors import EXIT_INIT, StartupError
 from engine.plan import StepKind
 from tests.worker.conftest import MODEL, SCHEDULE, Harness
+from worker.cache_size import activation_bytes, count_blocks
 from worker.config_values import ConfigValues
-from worker.kv_cache import KvCache, KvSpec, activation_bytes, count_blocks
+from worker.kv_cache import KvCache, KvSpec
 from worker.models.llama import LlamaForCausalLM
 
 Checkpoint = Callable[..., tuple[Path, Any]]

@@ -240,8 +240,8 @@ def test_what_does_not_fit_is_one_clear_line_and_changes_nothing(adapted: Adapte
 
 
 def test_one_that_is_too_large_for_the_memory(adapted: Adapted, monkeypatch: pytest.MonkeyPatch) -> None:
-    from worker.platforms.base import MemoryInfo
     from worker.platforms.cpu import CpuPlatform
+    from worker.platforms.memory_limits import MemoryInfo
 
     monkeypatch.setattr(CpuPlatform, "memory", lambda self: MemoryInfo(available=100, total=10**9))
     assert "of memory, but 0 MiB are free" in load(adapted, "c", adapted.paths["a"])

@@ -12,10 +12,9 @@ import torch
 
 from engine.errors import EXIT_INIT, StartupError
 from worker.layers.linear import Float32Scratch, PackedLinear, PlainLinear, UpcastingLinear
-from worker.platforms.base import MemoryInfo
 from worker.platforms.cpu import CpuPlatform
 from worker.platforms.cpu_kernels import LinearKernels
-from worker.platforms.memory_limits import read_memory
+from worker.platforms.memory_limits import MemoryInfo, read_memory
 from worker.platforms.registry import _ACCELERATORS, PLATFORMS, select_platform
 
 MIB = 2**20

@@ -16,8 +16,8 @@ from engine.plan import StepKind, build_plan
 from engine.settings import ModelSettings, ScheduleSettings
 from tests.worker.conftest import BLOCK_SIZE, MAX_SEQ_LEN, MODEL, SCHEDULE, Harness
 from worker.models.llama import LlamaForCausalLM
-from worker.platforms.base import MemoryInfo
 from worker.platforms.cpu import CpuPlatform
+from worker.platforms.memory_limits import MemoryInfo
 from worker.runner import ModelRunner
 from worker.sampler import Sampler
 

@@ -1,4 +1,4 @@
-"""Architecture, as config.json names it -> model class. Adding one is a module and a row."""
+"""The model class of a checkpoint, and what every such class offers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,8 @@ from worker.hf_config import DecoderConfig
 from worker.kv_cache import KvCache
 from worker.layers.adapted import Projection, StepAdapters
 from worker.loader import Checkpoint
+from worker.models.table import MODELS
 from worker.platforms.base import Platform
-
-MODELS: dict[str, tuple[str, str]] = {
-    "LlamaForCausalLM": ("worker.models.llama", "LlamaForCausalLM"),
-    "Qwen2ForCausalLM": ("worker.models.qwen2", "Qwen2ForCausalLM"),
-}
 
 
 class CausalModel(Protocol):

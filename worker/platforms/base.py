@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from worker.platforms.memory_limits import MemoryInfo
+
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Linear = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryInfo:
-    """Bytes this process could still take, and bytes the device has at all."""
-
-    available: int
-    total: int
 
 
 class Platform(Protocol):

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from worker.cache_size import CPU_KV_SHARE
 from worker.layers.linear import Float32Scratch, PackedLinear, PlainLinear, UpcastingLinear
-from worker.platforms.base import DTypeName, Linear, MemoryInfo
+from worker.platforms.base import DTypeName, Linear
 from worker.platforms.cpu_kernels import LinearKernels, probe_linears
-from worker.platforms.memory_limits import read_memory
+from worker.platforms.memory_limits import MemoryInfo, read_memory
 
-_KV_SHARE = 0.25  # of the available memory, over all workers, when npuMemSize is -1
 _MAX_UPCAST = 128 * 2**20  # weights; a vocabulary head never sees long prefills and would need gigabytes
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,7 +46,7 @@ class CpuPlatform:
         return read_memory(Path("/"))
 
     def kv_budget(self, num_workers: int) -> int:
-        return int(self.memory().available * _KV_SHARE) // num_workers
+        return int(self.memory().available * CPU_KV_SHARE) // num_workers
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         dtype, size = weight.dtype, weight.numel()

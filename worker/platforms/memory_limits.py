@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from worker.platforms.base import MemoryInfo
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """Bytes this process could still take, and bytes the device has at all."""
+
+    available: int
+    total: int
 
 
 def read_memory(root: Path) -> MemoryInfo:

@@ -1,0 +1,117 @@
+"""What a model will take of this machine's memory, told before anything is loaded, and without torch.
+
+The arithmetic is the worker's own (worker/cache_size.py); only the speed of devices is unknown here, and the
+memory of those that only their own library can see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from engine.errors import EXIT_INIT, StartupError
+from engine.settings import ModelSettings, ScheduleSettings
+from worker.cache_size import (
+    CPU_KV_SHARE,
+    activation_bytes,
+    blocks_per_sequence,
+    bytes_per_block,
+    count_blocks,
+    sizing_key,
+)
+from worker.config_values import ConfigValues
+from worker.hf_config import DecoderConfig, parse_decoder
+from worker.models.table import MODELS
+from worker.platforms.memory_limits import MemoryInfo
+from worker.safetensors_header import WeightFiles, read_weight_files
+
+_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Of one worker; all sizes in bytes."""
+
+    architecture: str
+    weights: WeightFiles
+    dtype: str  # it computes in
+    weight_bytes: int  # in that type
+    activation_bytes: int
+    block_size: int  # tokens
+    block_bytes: int
+    max_seq_len: int  # maxSeqLen, or less where the model ends earlier
+    sizing_key: str  # what decides how large the cache is
+    num_blocks: int | None  # None: known on the device only
+    available: int | None  # this worker's share of the memory; None: known on the device only
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        return blocks_per_sequence(self.max_seq_len, self.block_size)
+
+
+def plan_memory(
+    model: ModelSettings, schedule: ScheduleSettings, num_workers: int, memory: MemoryInfo
+) -> MemoryPlan:
+    """The plan of one worker beside its equals.
+
+    Raises StartupError when the model cannot be served by this build or does not fit, in the worker's words.
+    """
+    config, architecture = _read_decoder(model)
+    weights = read_weight_files(model.weight_path)
+    dtype = _compute_dtype(model, weights)
+    limits = _limits(schedule, config)
+    plan = MemoryPlan(
+        architecture=architecture,
+        weights=weights,
+        dtype=dtype,
+        weight_bytes=weights.num_elements * _BYTES[dtype],
+        activation_bytes=activation_bytes(config, limits),
+        block_size=schedule.block_size,
+        block_bytes=bytes_per_block(
+            config.num_layers, schedule.block_size, config.num_kv_heads, config.head_dim, _BYTES[dtype]
+        ),
+        max_seq_len=limits.max_seq_len,
+        sizing_key=sizing_key(model),
+        num_blocks=None,
+        available=None,
+    )
+    if model.device_type in ("npu", "cuda"):
+        return plan
+    share = memory.available // num_workers
+    blocks = count_blocks(
+        plan,
+        model,
+        limits,
+        automatic_bytes=int(memory.available * CPU_KV_SHARE) // num_workers,
+        available_bytes=share - plan.weight_bytes - plan.activation_bytes,
+    )
+    return replace(plan, num_blocks=blocks, available=share)
+
+
+def _read_decoder(model: ModelSettings) -> tuple[DecoderConfig, str]:
+    values = ConfigValues.read(model.weight_path / "config.json")
+    names = values.texts("architectures")
+    known = [name for name in names if name in MODELS]
+    if not known:
+        raise values.wrong("architectures", f"a list with one of the supported {', '.join(MODELS)}")
+    # biases are too small to count
+    return parse_decoder(values, qkv_bias=False, output_bias=False, mlp_bias=False), known[0]
+
+
+def _compute_dtype(model: ModelSettings, weights: WeightFiles) -> str:
+    if model.dtype != "auto":
+        name: str = model.dtype
+    elif weights.stored_type in _NAMES:
+        name = _NAMES[weights.stored_type]
+    else:
+        raise StartupError(
+            f"{model.weight_path}: weights stored as {weights.stored_type} are not supported", EXIT_INIT
+        )
+    on_cpu = model.device_type not in ("npu", "cuda")
+    return "float32" if on_cpu and name == "float16" else name
+
+
+def _limits(schedule: ScheduleSettings, config: DecoderConfig) -> ScheduleSettings:
+    """The schedule with the length that is in force: the model may end before maxSeqLen."""
+    longest = min(schedule.max_seq_len, config.usable_positions)
+    return replace(schedule, max_seq_len=longest, max_input_len=min(schedule.max_input_len, longest - 1))
