@@ -27,13 +27,14 @@ from daemon.config_rules import check_rules, server_addresses, server_ports
 from daemon.config_schema import BACKEND, DEPLOY, HEALTH, MODEL, RUNTIME, SCHEDULE, SERVER
 from daemon.config_values import Values, read_values
 from daemon.listeners import merge_planes
-from daemon.log_settings import read_log_settings
+from daemon.log_settings import DEFAULT_LOG, read_log_settings
 from endpoint.tls import check_listeners
 from engine.errors import StartupError
 from engine.settings import (
     ChatSettings,
     EndpointSettings,
     Listener,
+    LogSettings,
     LoraSettings,
     ModelSettings,
     ScheduleSettings,
@@ -41,8 +42,12 @@ from engine.settings import (
 )
 
 _MAX_FILE_BYTES = 10 * 1024 * 1024
+_RAISE_TIMEOUTS = "EnableDynamicAdjustTimeoutConfig"
 _RAISED_TOKEN_TIMEOUT_S = 3600
 _RAISED_E2E_TIMEOUT_S = 65535
+
+
+FileStamp = tuple[int, int, int]  # modified, size, inode: another one means that the file has changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,8 @@ class LoadedConfig:
     """A configuration that can be used."""
 
     settings: ServerSettings
-    values: Mapping[str, Any]  # every key's value by dotted path, defaults included; the log's keys aside
+    values: Values  # of every key, defaults included; LogConfig's aside
+    stamp: FileStamp | None  # of the file, from before it was read
 
 
 def load_settings(config_file: Path | None, environ: Mapping[str, str], executable: Path) -> ServerSettings:
@@ -58,12 +64,18 @@ def load_settings(config_file: Path | None, environ: Mapping[str, str], executab
     return load_config(config_file, environ, executable).settings
 
 
-def load_config(config_file: Path | None, environ: Mapping[str, str], executable: Path) -> LoadedConfig:
-    """As `load_settings`, and the keys it was made of."""
+def load_config(
+    config_file: Path | None,
+    environ: Mapping[str, str],
+    executable: Path,
+    last_log: LogSettings = DEFAULT_LOG,
+) -> LoadedConfig:
+    """As `load_settings`, and the keys it was made of. `last_log` replaces wrong values of LogConfig."""
     root = installation_root(environ, executable)
     source, path = _locate(config_file, environ, root)
     report = Report()
     permissions = Permissions(environ, report)
+    stamp = file_stamp(path)
     document = _read_document(source, path, permissions, report)
     if document is None:
         raise ConfigError(report.findings, path)
@@ -78,7 +90,7 @@ def load_config(config_file: Path | None, environ: Mapping[str, str], executable
         weight_path = find_model(root, values, permissions, report)
         lora = find_adapters(root, weight_path, values, permissions, report)
     chat = find_chat_settings(root, values, permissions, report)
-    log, log_warnings = read_log_settings(document.get("LogConfig"))
+    log, log_warnings = read_log_settings(document.get("LogConfig"), last_log)
     report.warnings += log_warnings
     _remark(document, values, listeners, report)
     if report.findings:
@@ -100,7 +112,7 @@ def load_config(config_file: Path | None, environ: Mapping[str, str], executable
         warnings=tuple(report.warnings),
         notes=tuple(report.notes),
     )
-    return LoadedConfig(settings, values.by_path())
+    return LoadedConfig(settings, values, stamp)
 
 
 # --- file ---
@@ -125,6 +137,15 @@ def _locate(config_file: Path | None, environ: Mapping[str, str], root: Path) ->
     in_tree = root / "config.json"
     # what is there and cannot be looked at is refused where it is read
     return "config.json", in_tree if is_there(in_tree) and not is_there(installed) else installed
+
+
+def file_stamp(path: Path) -> FileStamp | None:
+    """None while it cannot be looked at."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_mtime_ns, info.st_size, info.st_ino
 
 
 def _read_document(
@@ -206,14 +227,9 @@ def _remark(
 def _endpoint(
     values: Values, listeners: tuple[Listener, ...], environ: Mapping[str, str], report: Report
 ) -> EndpointSettings:
-    token_timeout = values.integer(f"{SERVER}.tokenTimeout")
-    e2e_timeout = values.integer(f"{SERVER}.e2eTimeout")
-    if values.flag("EnableDynamicAdjustTimeoutConfig"):
-        token_timeout, e2e_timeout = _RAISED_TOKEN_TIMEOUT_S, _RAISED_E2E_TIMEOUT_S
-        report.note(
-            "EnableDynamicAdjustTimeoutConfig=true: "
-            f"tokenTimeout is {token_timeout} s, e2eTimeout {e2e_timeout} s"
-        )
+    token_timeout, e2e_timeout = effective_timeouts(values)
+    if values.flag(_RAISE_TIMEOUTS):
+        report.note(f"{_RAISE_TIMEOUTS}=true: tokenTimeout is {token_timeout} s, e2eTimeout {e2e_timeout} s")
     return EndpointSettings(
         listeners=listeners,
         max_link_num=values.integer(f"{SERVER}.maxLinkNum"),
@@ -227,6 +243,13 @@ def _endpoint(
         metrics_enabled=metrics_enabled(environ, report),
         npu_usage_threshold=values.integer(f"{HEALTH}.npuUsageThreshold"),
     )
+
+
+def effective_timeouts(values: Values) -> tuple[int, int]:
+    """tokenTimeout and e2eTimeout in force, in seconds."""
+    if values.flag(_RAISE_TIMEOUTS):
+        return _RAISED_TOKEN_TIMEOUT_S, _RAISED_E2E_TIMEOUT_S
+    return values.integer(f"{SERVER}.tokenTimeout"), values.integer(f"{SERVER}.e2eTimeout")
 
 
 def _schedule(values: Values, report: Report) -> ScheduleSettings:

@@ -39,6 +39,12 @@ class Values:
     def put(self, path: str, value: object) -> None:
         self._by_path[path] = value
 
+    def copy(self) -> Values:
+        """One that may be changed by itself."""
+        other = Values()
+        other._by_path = dict(self._by_path)
+        return other
+
     def by_path(self) -> Mapping[str, Any]:
         """All of them, to be read only."""
         return self._by_path

@@ -17,7 +17,7 @@ from daemon.plan import ProcessSpec
 from engine.wire.links import Control
 from engine.wire.vitals import Pulse
 
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ def main() -> int:
     Signals wait until there is somebody to handle them: imports take a tenth of a second, and Ctrl+C in the
     middle of them would be a traceback.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from daemon.main import main as run
 

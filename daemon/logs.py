@@ -6,7 +6,9 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Mapping
 
+_COMPONENTS = ("llm", "llmmodels", "server")
 LEVELS = ("DEBUG", "INFO", "WARN", "ERROR", "CRITICAL")
 
 logging.addLevelName(logging.WARNING, "WARN")
@@ -47,3 +49,15 @@ def set_up_logging(environ: dict[str, str]) -> None:
     logging.getLogger("server").warning(
         "MINDIE_LOG_LEVEL=%r is not a level; allowed: %s; using INFO", wanted, ", ".join(LEVELS)
     )
+
+
+def set_levels(text: str, environ: Mapping[str, str]) -> None:
+    """Levels of this process: `debug`, or `llm:debug;server:info`; "" = what the environment says."""
+    standard = environ.get("MINDIE_LOG_LEVEL", "INFO").upper()
+    levels = dict.fromkeys(("", *_COMPONENTS), standard if standard in LEVELS else "INFO")
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, colon, level = part.rpartition(":")
+        names = _COMPONENTS if name.strip() in ("", "*") else (name.strip(),)
+        levels |= dict.fromkeys(names if colon else ("", *names), level.strip().upper())
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from daemon.addresses import bind_listeners
-from daemon.config import load_settings
+from daemon.config import load_config
 from daemon.config_check import check_config, url
 from daemon.forks import Birth, Forker
-from daemon.logs import set_up_logging
+from daemon.logs import set_levels, set_up_logging
 from daemon.plan import plan_processes
+from daemon.reload import ConfigWatcher
 from daemon.rundir import Doors, make_run_dir, run_name, sweep_stale
 from daemon.supervisor import Limits, Supervisor, install_signal_pipe
 from endpoint.context import EndpointContext
@@ -79,7 +80,9 @@ def main() -> int:
     if options.check_config:
         return check_config(options.config_file, environ, executable)
     try:
-        settings = load_settings(options.config_file, environ, executable)
+        load = partial(load_config, options.config_file, environ, executable)
+        loaded = load()
+        settings = loaded.settings
         for note in settings.notes:
             log.info("%s", note)
         for warning in settings.warnings:
@@ -88,14 +91,19 @@ def main() -> int:
             log.warning("%s", warning)
         if options.expert_parallel == "true":
             log.warning("--expert-parallel true is not supported by this build and has no effect")
-        return _serve(settings, wakeup_fd)
+        return _serve(settings, ConfigWatcher(loaded, load, _set_levels), wakeup_fd)
     except StartupError as error:
         # written as it is: several findings are several lines
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
 
 
-def _serve(settings: ServerSettings, wakeup_fd: int) -> int:
+def _set_levels(text: str) -> None:
+    """LogConfig's level; "" = the environment's."""
+    set_levels(text, os.environ)
+
+
+def _serve(settings: ServerSettings, watcher: ConfigWatcher, wakeup_fd: int) -> int:
     """Cheap failures first, in the order of operations.md section 2; then fork."""
     for listener in settings.endpoint.listeners:
         log.info("%s plane: %s", "+".join(listener.planes), url(listener))
@@ -106,13 +114,18 @@ def _serve(settings: ServerSettings, wakeup_fd: int) -> int:
     name = run_name()
     run_dir = make_run_dir(settings.ipc_dir, name)
     try:
-        return _supervise(settings, sockets, name, run_dir, wakeup_fd)
+        return _supervise(settings, watcher, sockets, name, run_dir, wakeup_fd)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def _supervise(
-    settings: ServerSettings, sockets: list[socket.socket], name: str, run_dir: Path, wakeup_fd: int
+    settings: ServerSettings,
+    watcher: ConfigWatcher,
+    sockets: list[socket.socket],
+    name: str,
+    run_dir: Path,
+    wakeup_fd: int,
 ) -> int:
     wires = [_make_wire(settings, name, run_dir, instance) for instance in range(len(settings.device_ids))]
     specs = plan_processes(settings)
@@ -165,7 +178,7 @@ def _supervise(
     log.info("configuration %s, %d worker(s)", settings.config_file, num_workers)
     forker = Forker(entry, sockets, wakeup_fd)
     vitals = Vitals(len(specs))
-    return Supervisor(specs, wires, forker, Doors(run_dir), vitals, limits, wakeup_fd).run()
+    return Supervisor(specs, wires, forker, Doors(run_dir), vitals, limits, wakeup_fd, watcher).run()
 
 
 def _make_wire(settings: ServerSettings, name: str, run_dir: Path, instance: int) -> InstanceWire:

@@ -35,6 +35,7 @@ import zmq
 from daemon.forks import HANDLED, Birth, Forker
 from daemon.links import Link
 from daemon.plan import ProcessSpec
+from daemon.reload import ConfigWatcher
 from daemon.restarts import MOST_DEATHS, WINDOW_S, RestartPolicy
 from daemon.rundir import Doors
 from engine.errors import EXIT_CHILD_DIED, EXIT_INIT, EXIT_OK
@@ -123,6 +124,7 @@ class Supervisor:
         vitals: Vitals,
         limits: Limits,
         wakeup_fd: int,
+        watcher: ConfigWatcher,
     ) -> None:
         """`wires`: one per instance. `wakeup_fd`: from install_signal_pipe."""
         self._specs = specs
@@ -132,6 +134,7 @@ class Supervisor:
         self._vitals = vitals
         self._limits = limits
         self._wakeup_fd = wakeup_fd
+        self._watcher = watcher
         self._policy = RestartPolicy()
         self._state = State.BOOTING
         self._deadline = 0.0
@@ -231,6 +234,10 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGCHLD:
             return  # reaping happens every turn
+        if number == signal.SIGHUP:
+            log.info("SIGHUP received: reading the configuration again")
+            self._watcher.request()
+            return
         name = signal.Signals(number).name
         if self._state is State.SERVING:
             log.warning("%s (%d) received: finishing running requests, then stopping", name, number)
@@ -279,6 +286,8 @@ class Supervisor:
         child.ready = True
         if child.is_endpoint:
             self._note_healed(child.spec)
+            if self._watcher.in_force is not None:  # it was forked with what held at the start
+                self._tell(child, self._watcher.in_force)
         if self._state is State.BOOTING and all(c.ready for c in self._children.values()):
             self._serve()
         self._close_doors()
@@ -351,14 +360,15 @@ class Supervisor:
             self._look_after_children(now)
         if self._state is State.SERVING:
             self._fork_missing(now)
+            if (message := self._watcher.poll()) is not None:
+                self._tell_endpoint(message)
         elif now >= self._deadline:
             self._on_deadline()
 
     def _patience(self) -> float:
         """Seconds until something is due."""
         due = [self._next_look, *self._missing.values()]
-        if self._state is not State.SERVING:
-            due.append(self._deadline)
+        due.append(self._watcher.due() if self._state is State.SERVING else self._deadline)
         # a fork that is due already waits for a message or a death, not for time
         now = time.monotonic()
         return min((at - now for at in due if at > now), default=0.0)
@@ -520,11 +530,15 @@ class Supervisor:
 
 
 def install_signal_pipe() -> int:
-    """Let TERM, INT and CHLD write their number to a pipe; all work happens in the loop that reads it."""
+    """Let signals write their number to a pipe; all work happens in the loop that reads it.
+
+    SIGHUP stays ignored where it was: under nohup it must not even wake us.
+    """
     read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     for number in HANDLED:
-        signal.signal(number, _nothing)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _nothing)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)  # launch.py holds them back until now
     return read_fd
 

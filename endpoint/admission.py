@@ -52,9 +52,16 @@ class Admission:
                 self._waiting.remove(turn)
             raise
 
+    def set_limit(self, limit: int) -> None:
+        """From now on at most `limit` requests at once; those that run go on."""
+        self._limit = limit
+        while self._waiting and self._running < limit:
+            self._running += 1
+            self._waiting.popleft().set_result(None)
+
     def leave(self) -> None:
         """Give the place to the next in line."""
-        if self._waiting:
+        if self._waiting and self._running <= self._limit:
             self._waiting.popleft().set_result(None)
         else:
             self._running -= 1

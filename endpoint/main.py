@@ -8,9 +8,11 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,12 @@ from endpoint.metrics import Metrics
 from endpoint.protocols.base import ChatFormat, ModelInfo
 from endpoint.protocols.registry import load_adapters
 from endpoint.service import GenerationService
-from endpoint.tls import make_server_context
+from endpoint.tls import load_material, make_server_context
 from endpoint.tokenizer import TokenizerPool
 from endpoint.tools.registry import FORMATS, detect
 from endpoint.trial import Trials
 from engine.errors import EXIT_INIT, StartupError
-from engine.settings import ChatSettings, Listener
+from engine.settings import ChatSettings, Listener, TlsFiles
 from engine.wire.messages import (
     Drain,
     InstanceDown,
@@ -45,6 +47,7 @@ from engine.wire.messages import (
     Progress,
     Quiet,
     Ready,
+    Reconfigure,
     StopRequested,
 )
 
@@ -91,6 +94,7 @@ class _Endpoint:
         self._health.expect(wire.instance for wire in given.wires)
         self._started = int(time.time())
         self._runners: list[web.AppRunner] = []
+        self._secured: list[tuple[ssl.SSLContext, TlsFiles]] = []
 
     async def run(self) -> None:
         given = self._given
@@ -233,6 +237,8 @@ class _Endpoint:
         # TIME_WAIT do not keep the next daemon from binding.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         tls = make_server_context(listener.tls) if listener.tls is not None else None
+        if tls is not None and listener.tls is not None:
+            self._secured.append((tls, listener.tls))
         # asyncio tries so many accepts in a row, and out of descriptors it logs each: a few are enough
         await web.SockSite(runner, sock, ssl_context=tls, backlog=_ACCEPTS_PER_TURN).start()
         sock.listen(_BACKLOG)
@@ -256,6 +262,8 @@ class _Endpoint:
                     self._health.loading(message.instance, message.phase, message.fraction)
                 case InstanceUp():
                     self._engine.open_instance(message.instance, message.generation)
+                case Reconfigure():
+                    self._reconfigure(message)
                 case InstanceDown():
                     self._health.instance_down(message.instance, message.reason, final=message.final)
                     generation = self._engine.close_instance(message.instance, final=message.final)
@@ -271,6 +279,30 @@ class _Endpoint:
         self._control.send(message)
         # sending may have taken the edge of what arrived meanwhile
         asyncio.get_running_loop().call_soon(self._hear_parent)
+
+    def _reconfigure(self, wanted: Reconfigure) -> None:
+        settings = replace(
+            self._given.settings,
+            openai_flavour="vllm" if wanted.openai_flavour == "vllm" else "openai",
+            token_timeout_s=wanted.token_timeout_s,
+            e2e_timeout_s=wanted.e2e_timeout_s,
+            max_link_num=wanted.max_link_num,
+        )
+        self._management.reconfigure(settings)
+        if self._business.service is not None:
+            self._business.service.reconfigure(settings)
+        if wanted.reload_certificates:
+            self._reload_certificates()
+
+    def _reload_certificates(self) -> None:
+        """New connections get the new material; the parent has looked at it already."""
+        for context, files in self._secured:
+            try:
+                load_material(context, files)
+            except (OSError, ValueError) as error:  # it changed again since
+                log.warning("%s could not be read again: %s", files.cert_file, error)
+            else:
+                log.info("%s and its revocation lists read again", files.cert_file)
 
     def _stop_within(self, deadline_s: float) -> None:
         if not self._drain.done():

@@ -48,6 +48,10 @@ class ManagementPlane:
         self._fault_handling = FaultHandling(settings, self.health)
         self._documents = Documents(settings.listeners, model.name)
 
+    def reconfigure(self, settings: EndpointSettings) -> None:
+        """Tell what is in force from now on."""
+        self._settings = settings
+
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/v2/health/live", self._live),

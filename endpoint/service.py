@@ -60,6 +60,7 @@ class _Ticket:
     flight: Flight | None = None  # once it is in the engine
     verdict: ServerError | None = None  # why its task was cancelled by us
     cancelled: bool = False  # its task was cancelled by us, but for no error
+    asked_limit_s: float | None = None  # longest wait for a token, as the request has it
 
     def cancel(self) -> None:
         """End it well with what it has, wherever it is."""
@@ -116,7 +117,7 @@ class GenerationService:
         """
         task = asyncio.current_task()
         assert task is not None
-        ticket = _Ticket(task, time.monotonic())
+        ticket = _Ticket(task, time.monotonic(), asked_limit_s=request.timeout_s)
         names = self._name(ticket, request.client_id, request_id)
         self._tickets.add(ticket)
         admitted = False
@@ -168,10 +169,9 @@ class GenerationService:
 
     async def watch_deadlines(self) -> None:
         """Runs for ever: ends requests whose time is up."""
-        limit_s = self._settings.e2e_timeout_s
         while True:
             await asyncio.sleep(_SWEEP_S)
-            now = time.monotonic()
+            now, limit_s = time.monotonic(), self._settings.e2e_timeout_s
             for ticket in list(self._tickets):
                 age, flight = now - ticket.arrival, ticket.flight
                 if age > limit_s + _STALL_S:
@@ -193,6 +193,14 @@ class GenerationService:
         bounds.register("tokenizer_queue", lambda: self._tokenizer.num_queued, limit)
         self._grammars.register_bounds(bounds, limit)
         self._engine.register_bounds(bounds)
+
+    def reconfigure(self, settings: EndpointSettings) -> None:
+        """Take over what may change while serving; the time limits are those of running requests too."""
+        self._settings = settings
+        self._admission.set_limit(settings.max_link_num)
+        for ticket in self._tickets:
+            if ticket.flight is not None:
+                ticket.flight.token_limit_s = self._token_limit_s(ticket.asked_limit_s)
 
     def stop_accepting(self) -> None:
         self._stopping = True
@@ -297,12 +305,12 @@ class GenerationService:
             )
             for index, ids in enumerate(prompts)
         ]
-        token_limit_s = min(
-            self._settings.token_timeout_s, request.timeout_s or self._settings.token_timeout_s
-        )
         return await self._engine.submit(
-            parts, request.priority, arrival=arrival, token_limit_s=token_limit_s
+            parts, request.priority, arrival=arrival, token_limit_s=self._token_limit_s(request.timeout_s)
         )
+
+    def _token_limit_s(self, asked: float | None) -> float:
+        return min(self._settings.token_timeout_s, asked or self._settings.token_timeout_s)
 
     async def _with_tried_grammar(self, request: GenerationRequest) -> GenerationRequest:
         sampling = request.sampling

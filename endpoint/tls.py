@@ -81,12 +81,8 @@ def make_server_context(files: TlsFiles) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_REQUIRED
     context.set_alpn_protocols(["http/1.1"])
     try:
-        # A password callback, even for plain keys: without one OpenSSL would prompt by itself.
-        context.load_cert_chain(files.cert_file, files.key_file, lambda: _password(files))
-        for ca_file in files.ca_files:
-            context.load_verify_locations(ca_file)
+        load_material(context, files)
         if files.crl_files:
-            load_crls(context, files)
             context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_CHAIN
             # A resumed session is not verified again, so a ticket would outlive its client's revocation.
             context.num_tickets = 0
@@ -95,6 +91,18 @@ def make_server_context(files: TlsFiles) -> ssl.SSLContext:
             f"[tls] {files.cert_file}, {files.key_file}: {_reason(error)}", EXIT_TLS
         ) from error
     return context
+
+
+def load_material(context: ssl.SSLContext, files: TlsFiles) -> None:
+    """Certificate, key, authorities and revocation lists: at the start, or again after they changed.
+
+    Authorities are only ever added. Raises OSError or ValueError.
+    """
+    # A password callback, even for plain keys: without one OpenSSL would prompt by itself.
+    context.load_cert_chain(files.cert_file, files.key_file, lambda: _password(files))
+    for ca_file in files.ca_files:
+        context.load_verify_locations(ca_file)
+    load_crls(context, files)
 
 
 def load_crls(context: ssl.SSLContext, files: TlsFiles) -> None:

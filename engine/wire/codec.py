@@ -30,6 +30,7 @@ _TAGS: dict[int, type[m.Message]] = {
     33: m.InstanceUp,
     34: m.EndpointDown,
     35: m.EndpointUp,
+    37: m.Reconfigure,
 }
 _TAG_OF = {cls: tag for tag, cls in _TAGS.items()}
 _FIELDS = {cls: tuple(f.name for f in fields(cls)) for cls in (*_TAG_OF, SamplingParams)}

@@ -5,7 +5,9 @@ Arrays of numbers do not travel here but on the rings (ring.py, layout.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from engine.sampling_params import SamplingParams
 
@@ -128,6 +130,18 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconfigure:
+    """parent -> endpoint: what config.json may change while the service runs, all of it as it is now."""
+
+    openai_flavour: str  # "vllm" or "openai"
+    token_timeout_s: int
+    e2e_timeout_s: int
+    max_link_num: int
+    api_keys: tuple[Mapping[str, Any], ...]  # as config.json has them, checked
+    reload_certificates: bool  # read the files of the listeners again
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceDown:
     """parent -> endpoint: this instance is dead. Answered by Quiet."""
 
@@ -192,4 +206,5 @@ Message = (
     | EndpointUp
     | Quiet
     | Linked
+    | Reconfigure
 )
