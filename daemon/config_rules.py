@@ -136,7 +136,8 @@ def _prefill_fits_prompt(values: Values, report: Report) -> None:  # R3
     tokens, prompt = values.integer(_PREFILL_TOKENS), values.integer(_MAX_INPUT)
     if tokens < prompt:
         hint = " (templateType=Mix does not lift this yet: no chunked prefill in this build)"
-        wrong = f"smaller than {_MAX_INPUT}={prompt}" + (hint if values.text(_TEMPLATE) == "Mix" else "")
+        is_mix = values.has(_TEMPLATE) and values.text(_TEMPLATE) == "Mix"
+        wrong = f"smaller than {_MAX_INPUT}={prompt}" + (hint if is_mix else "")
         report.refuse(_PREFILL_TOKENS, tokens, wrong, f"[{prompt}, 4194304]")
 
 
@@ -299,7 +300,7 @@ def _block_size(values: Values, report: Report) -> None:
 RULES: tuple[Rule, ...] = (
     Rule((_DEVICES, f"{BACKEND}.modelInstanceNumber"), _device_lists),
     Rule((_DEVICES, _WORLD, f"{BACKEND}.multiNodesInferEnabled"), _devices_per_instance),
-    Rule((_PREFILL_TOKENS, _MAX_INPUT, _TEMPLATE), _prefill_fits_prompt),
+    Rule((_PREFILL_TOKENS, _MAX_INPUT), _prefill_fits_prompt),
     _at_most_max_batch("maxPrefillBatchSize"),
     _at_most_max_batch("maxPreemptCount"),
     _at_most_max_batch("maxN"),

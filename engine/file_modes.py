@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import shlex
 import stat
@@ -21,25 +23,29 @@ def access_problems(path: Path, limit: int) -> list[tuple[str, str]]:
 
 def _mode_problems(path: Path, limit: int) -> list[tuple[str, str]]:
     info = path.stat()
+    mode, place = info.st_mode & 0o777, shlex.quote(str(path))
+    excess = mode & ~limit
     if not stat.S_ISDIR(info.st_mode):
-        mode = info.st_mode & 0o777
-        if mode & ~limit:
-            return [
-                (f"mode {mode:04o} is wider than {limit:04o}", f"chmod {limit:04o} {shlex.quote(str(path))}")
-            ]
+        wrong = f"mode {mode:04o} is wider than {limit:04o} ({_too_many(excess)})"
+        return [(wrong, f"chmod {limit:04o} {place}")] if excess else []
+    of_files = limit & 0o666
+    wide = {name: bits for name, inside in _modes_inside(path) if (bits := inside & ~of_files)}
+    if not excess and not wide:
         return []
-    wide = [name for name, mode in _modes_inside(path) if mode & ~(limit & 0o666)]
-    mode = info.st_mode & 0o777
-    if mode & ~limit or wide:
-        what = f"mode {mode:04o}" if mode & ~limit else f"mode of {', '.join(sorted(wide)[:3])}"
-        command = f"chmod -R u=rwX,g=rX,o= {shlex.quote(str(path))}"
-        return [
-            (
-                f"{what} is wider than {limit:04o} for the directory, {limit & 0o666:04o} for its files",
-                command,
-            )
-        ]
-    return []
+    what = f"mode {mode:04o}" if excess else f"mode of {', '.join(sorted(wide)[:3])}"
+    bits = excess or functools.reduce(operator.or_, wide.values())
+    wrong = f"{what} is wider than {limit:04o} for the directory, {of_files:04o} for its files"
+    return [(f"{wrong} ({_too_many(bits)})", f"chmod -R u=rwX,g=rX,o= {place}")]
+
+
+def _too_many(bits: int) -> str:
+    """What the bits allow, in words: `group may write; others may read, write`."""
+    found = []
+    for who, shift in (("the owner", 6), ("group", 3), ("others", 0)):
+        may = [word for word, bit in (("read", 4), ("write", 2), ("execute", 1)) if bits >> shift & bit]
+        if may:
+            found.append(f"{who} may {', '.join(may)}")
+    return "; ".join(found)
 
 
 def _modes_inside(directory: Path) -> list[tuple[str, int]]:

@@ -27,7 +27,7 @@ def test_wide_config_warns_with_the_command(home: Home) -> None:
     home.put("open.json", json.dumps(home.document), 0o644)
     home.environ = {"MIES_CONFIG_JSON_PATH": str(home.root / "open.json")}
     assert home.warning("wider").endswith(
-        f"mode 0644 is wider than 0640; run: chmod 0640 {home.root}/open.json"
+        f"mode 0644 is wider than 0640 (others may read); run: chmod 0640 {home.root}/open.json"
     )
     home.environ[PERMISSIONS] = "1"
     assert "chmod 0640" in home.only_finding()
