@@ -40,9 +40,27 @@ def parse_json(text: str, max_depth: int) -> tuple[Any, list[JsonFault]]:
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         return None, [JsonFault("", f"nested deeper than {max_depth} levels")]
-    except ValueError as error:  # also integers of thousands of digits
+    except json.JSONDecodeError as error:
+        return None, [JsonFault("", f"not valid JSON: {error}{_likely_cause(text, error)}")]
+    except ValueError as error:  # integers of thousands of digits
         return None, [JsonFault("", f"not valid JSON: {error}")]
     return value, list(_faults(value, "", max_depth))
+
+
+def _likely_cause(text: str, error: json.JSONDecodeError) -> str:
+    """What people write there who are used to other formats."""
+    before, here = text[: error.pos].rstrip(), text[error.pos : error.pos + 2]
+    if here.startswith("#") or here in ("//", "/*"):
+        return "; comments are not allowed"
+    if here[:1] in ("\u201c", "\u201d", "\uff02"):
+        return '; typographic quotes, use "'
+    if here[:1] in ("}", "]") and before.endswith(","):
+        return "; a comma before the closing bracket is not allowed"
+    if error.msg.startswith("Illegal trailing comma"):  # Python 3.13 and newer
+        return "; a comma before the closing bracket is not allowed"
+    if error.msg.startswith("Expecting ',' delimiter"):
+        return "; is a comma missing before it, or inside of the quotes?"
+    return ""
 
 
 def _faults(value: object, path: str, depth_left: int) -> Iterator[JsonFault]:

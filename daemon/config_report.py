@@ -59,9 +59,9 @@ class Report:
     ) -> None:
         self._add(key, shown(value), wrong, allowed, f"see {see[0]}={shown(see[1])}" if see else hint)
 
-    def malformed(self, key: str, value: str, wrong: str) -> None:
+    def malformed(self, key: str, value: str, wrong: str, allowed: str = "strict JSON") -> None:
         """Like `refuse`, with `value` in the words of the one who found the fault."""
-        self._add(key, value, wrong, "strict JSON", "")
+        self._add(key, value, wrong, allowed, "")
 
     def absent(self, key: str, allowed: str, hint: str = "") -> None:
         self._add(key, "<absent>", "required key is missing", allowed, hint)

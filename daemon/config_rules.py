@@ -33,6 +33,7 @@ _PREFILL_TOKENS = f"{SCHEDULE}.maxPrefillTokens"
 _MAX_BATCH = f"{SCHEDULE}.maxBatchSize"
 _DEVICES = f"{BACKEND}.npuDeviceIds"
 _WORLD = f"{MODEL}.worldSize"
+_MULTI_NODE = f"{BACKEND}.multiNodesInferEnabled"
 _TEMPLATE = f"{SCHEDULE}.templateType"
 _SPEED_PLUGINS = ("prefix_cache", "splitfuse")  # change speed, never results
 _RESULT_PLUGINS = ("la", "memory_decoding", "mtp")
@@ -115,7 +116,7 @@ def _device_lists(values: Values, report: Report) -> None:  # R1
 
 
 def _devices_per_instance(values: Values, report: Report) -> None:  # R2
-    if values.flag(f"{BACKEND}.multiNodesInferEnabled"):
+    if values.flag(_MULTI_NODE):
         return
     devices, world = values.raw(_DEVICES), values.integer(_WORLD)
     for index, ids in enumerate(devices):
@@ -179,6 +180,8 @@ def _output_fits(values: Values, report: Report) -> None:  # R7
 
 
 def _parallel(values: Values, report: Report) -> None:  # R8
+    if values.flag(_MULTI_NODE):
+        return  # worldSize counts the devices of this node only
     world = values.integer(_WORLD)
     dp, cp = max(1, values.integer(f"{MODEL}.dp")), values.integer(f"{MODEL}.cp")
     given_tp = values.maybe_integer(f"{MODEL}.tp")
@@ -195,6 +198,8 @@ def _parallel(values: Values, report: Report) -> None:  # R8
 
 
 def _experts_parallel(values: Values, report: Report) -> None:  # R8
+    if values.flag(_MULTI_NODE):
+        return
     paths, world = (f"{MODEL}.moe_ep", f"{MODEL}.moe_tp"), values.integer(_WORLD)
     given = {path: size for path in paths if (size := values.maybe_integer(path)) is not None}
     product = math.prod(given.values())
@@ -299,7 +304,7 @@ def _block_size(values: Values, report: Report) -> None:
 
 RULES: tuple[Rule, ...] = (
     Rule((_DEVICES, f"{BACKEND}.modelInstanceNumber"), _device_lists),
-    Rule((_DEVICES, _WORLD, f"{BACKEND}.multiNodesInferEnabled"), _devices_per_instance),
+    Rule((_DEVICES, _WORLD, _MULTI_NODE), _devices_per_instance),
     Rule((_PREFILL_TOKENS, _MAX_INPUT), _prefill_fits_prompt),
     _at_most_max_batch("maxPrefillBatchSize"),
     _at_most_max_batch("maxPreemptCount"),
@@ -307,8 +312,8 @@ RULES: tuple[Rule, ...] = (
     Rule((f"{SCHEDULE}.maxPreemptCount", f"{MODEL}.cpuMemSize"), _swap_needs_memory),
     Rule((_MAX_SEQ, _MAX_INPUT), _lengths),
     Rule((_MAX_SEQ, f"{SCHEDULE}.maxIterTimes"), _output_fits),
-    Rule((_WORLD, *(f"{MODEL}.{key}" for key in ("tp", "dp", "cp", "sp", "pp"))), _parallel),
-    Rule((_WORLD, f"{MODEL}.moe_ep", f"{MODEL}.moe_tp"), _experts_parallel),
+    Rule((_WORLD, _MULTI_NODE, *(f"{MODEL}.{key}" for key in ("tp", "dp", "cp", "sp", "pp"))), _parallel),
+    Rule((_WORLD, _MULTI_NODE, f"{MODEL}.moe_ep", f"{MODEL}.moe_tp"), _experts_parallel),
     Rule((_TEMPLATE, PLUGIN_PARAMS), _mix_and_splitfuse),
     Rule((f"{SERVER}.port", f"{BACKEND}.multiNodesInferPort"), _node_port),
     _all_zero("ipAddress"),
@@ -364,7 +369,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(f"{SERVER}.inferMode", ("standard",), '"standard"'),
     Unsupported(f"{SERVER}.distDPServerEnabled", (False,), "false"),
     Unsupported(f"{SERVER}.layerwiseDisaggregated", (False,), "false"),
-    Unsupported(f"{BACKEND}.multiNodesInferEnabled", (False,), "false"),
+    Unsupported(_MULTI_NODE, (False,), "false"),
     Unsupported(f"{KV_POOL}.backend", ("",), '""'),
     Unsupported(
         _WORLD, (1,), "1, with one device id in each list of npuDeviceIds (no tensor parallelism yet)"

@@ -91,6 +91,8 @@ class Key:
             candidates += [int(value)]
         elif self.kind == "bool" and value in (0, 1):
             candidates += [bool(value)]
+        elif self.kind == "ids" and isinstance(value, list):
+            candidates += [[value]]
         usable = [item for item in candidates if item is not None and self.fault(item) is None]
         return f"did you mean {json.dumps(usable[0])}?" if usable else ""
 

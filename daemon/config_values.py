@@ -16,6 +16,7 @@ from daemon.config_history import (
 from daemon.config_json import join
 from daemon.config_report import Report
 from daemon.config_schema import (
+    DEPLOY,
     MODEL,
     REQUIRED,
     SECTIONS,
@@ -107,7 +108,7 @@ def _section_members(
     section: Section, document: Mapping[str, Any], parent: Mapping[str, Any], name: str, report: Report
 ) -> Mapping[str, Any] | None:
     if section.path == MODEL:
-        return _only_model(document, parent.get("ModelConfig", REQUIRED), report)
+        return _only_model(document, parent, report)
     value = parent.get(name, REQUIRED)
     if value is REQUIRED:
         if not section.required:
@@ -120,10 +121,14 @@ def _section_members(
     return value
 
 
-def _only_model(document: Mapping[str, Any], value: object, report: Report) -> Mapping[str, Any] | None:
+def _only_model(
+    document: Mapping[str, Any], parent: Mapping[str, Any], report: Report
+) -> Mapping[str, Any] | None:
+    value = parent.get("ModelConfig", REQUIRED)
     allowed = "an array of exactly one object"
     if value is REQUIRED:
-        report.absent(_MODEL_LIST, allowed, _where_instead(document, "ModelConfig"))
+        hint = _other_name(DEPLOY, "ModelConfig", list(parent)) or _where_instead(document, "ModelConfig")
+        report.absent(_MODEL_LIST, allowed, hint)
     elif not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         report.refuse(_MODEL_LIST, value, "must be an array of objects", allowed)
     elif len(value) != 1:
@@ -158,7 +163,7 @@ class _Names:
                 self._ignored.setdefault((section.path, reason), []).append(name)
             elif name in OLD_SECTIONS:
                 wrong = "section of an older file layout, which is built differently"
-                self._report.refuse(path, {}, wrong, f"{OLD_SECTIONS[name]}, written anew")
+                self._report.malformed(path, "{...}", wrong, f"{OLD_SECTIONS[name]}, written anew")
             elif now := RENAMED.get(section.path, {}).get(name):
                 strangers.append(name)
                 self._renamed.append(f"{path} (now {now})")

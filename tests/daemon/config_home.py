@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ from engine.settings import ServerSettings
 
 REPO = Path(__file__).resolve().parents[2]
 STOCK_CONFIG = REPO / "config.json"
+TINY_MODEL = REPO / "models" / "mindie-tiny"
 
 # What each plane's certificate set is made of.
 TLS_FILES = (
@@ -99,6 +101,14 @@ class Home:
         path.chmod(mode)
         return path
 
+    def use_real_model(self) -> None:
+        """Put the model that ships in the place of the one that only looks like one."""
+        shutil.rmtree(self.model_dir)
+        shutil.copytree(TINY_MODEL, self.model_dir)
+        for path in self.model_dir.iterdir():
+            path.chmod(0o640)
+        self.model_dir.chmod(0o750)
+
     def put_tls_files(self) -> None:
         for name in TLS_FILES:
             self.put(name, _tls_contents()[name].decode())
@@ -133,6 +143,10 @@ class Home:
 
     def load_text(self, text: str) -> ServerSettings:
         self.put("conf/config.json", text, 0o640)
+        return self.load_file()
+
+    def load_file(self) -> ServerSettings:
+        """Whatever lies there now."""
         return load_settings(None, self.environ, self.root / "bin" / "mindieservice_daemon")
 
     def findings(self) -> tuple[str, ...]:

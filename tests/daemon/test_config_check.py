@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.config_home import REPO, Home
-from tests.harness import TINY_MODEL
 
 # what `mindieservice_daemon` does, and then the heavy modules it has loaded
 _SCRIPT = (
@@ -28,11 +26,7 @@ def home(tmp_path: Path) -> Home:
     """With certificates, and the model that ships."""
     home = Home(tmp_path)
     home.put_tls_files()
-    shutil.rmtree(home.model_dir)
-    shutil.copytree(TINY_MODEL, home.model_dir)
-    for path in home.model_dir.iterdir():
-        path.chmod(0o640)
-    home.model_dir.chmod(0o750)
+    home.use_real_model()
     return home
 
 

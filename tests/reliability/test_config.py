@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.daemon.test_config_corpus import CORPUS
 from tests.harness import HOST, TINY_MODEL, Daemon, Json, eventually, merge, model_config
 
 MakeDaemon = Callable[..., Daemon]
@@ -172,3 +173,23 @@ def test_F21_addresses_that_cannot_be_had(make_daemon: MakeDaemon) -> None:
         assert f"{HOST}:{busy.port}" in busy.stderr and f"by pid {os.getpid()}" in busy.stderr
         assert busy.start("--check-config").wait() == 0, "it may be this very service that runs there"
         assert "warning: a start now would end with exit code 3: business plane" in busy.stdout
+
+
+@pytest.mark.slow  # a model is loaded
+def test_P15_an_original_file_starts_where_its_model_is(make_daemon: MakeDaemon) -> None:
+    """Unchanged but for the ports, which others may have taken here, and where the model lies."""
+    daemon = make_daemon()
+    text = (CORPUS / "v1_0_0_http.json").read_text()
+    for original, here in (
+        ("/home/models/Qwen2.5-0.5B-Instruct", str(TINY_MODEL)),
+        ("1025", str(daemon.port)),
+        ("1026", str(daemon.management_port)),
+        ("1027", str(daemon.metrics_port)),
+    ):
+        text = text.replace(original, here)
+    (daemon.root / "conf" / "config.json").write_text(text)
+    daemon.start().wait_ready()
+    body: Json = {"model": "qwen2.5-0.5b", "prompt": "Once upon a time", "max_tokens": 4}
+    assert daemon.post("/v1/completions", body).status == 200
+    assert "keys without effect in this server, ignored: ServerConfig.{kmcKsfMaster" in daemon.stderr
+    assert daemon.stop() == 0, daemon.stderr
