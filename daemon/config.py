@@ -6,7 +6,6 @@ earlier ones accepted, so one run lists all there is to mend.
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,19 @@ from daemon.config_environment import (
     memory_fraction,
     metrics_enabled,
 )
-from daemon.config_files import FILE_MODE, Permissions, find_model, find_tls_files, is_mock, is_there
+from daemon.config_files import (
+    FILE_MODE,
+    Permissions,
+    find_model,
+    find_tls_files,
+    is_mock,
+    is_there,
+    path_fault,
+)
 from daemon.config_json import FILE_DEPTH, parse_json
 from daemon.config_lora import find_adapters
 from daemon.config_models import find_chat_settings
-from daemon.config_report import ConfigError, Report, shown
+from daemon.config_report import AcceptedModel, ConfigError, Report, shown
 from daemon.config_rules import check_rules, server_addresses, server_ports
 from daemon.config_schema import BACKEND, DEPLOY, HEALTH, MODEL, RUNTIME, SCHEDULE, SERVER
 from daemon.config_values import Values, read_values
@@ -94,7 +101,10 @@ def load_config(
     report.warnings += log_warnings
     _remark(document, values, listeners, report)
     if report.findings:
-        raise ConfigError([*report.findings, *_certificate_findings(listeners)], path, report.warnings)
+        accepted = _accepted_model(values, weight_path, fraction, report)
+        raise ConfigError(
+            [*report.findings, *_certificate_findings(listeners)], path, report.warnings, accepted
+        )
 
     ipc_dir = values.text(f"{RUNTIME}.ipcDir")
     settings = ServerSettings(
@@ -153,13 +163,13 @@ def _read_document(
 ) -> dict[str, Any] | None:
     """The parsed file; None with findings when it cannot be read or is not strict JSON."""
     allowed = "a readable regular file of 1 byte to 10 MB"
+    if wrong := path_fault(path, "file"):
+        report.refuse(source, str(path), wrong, allowed)
+        return None
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            report.refuse(source, str(path), "not a regular file", allowed)
-            return None
-        if not 0 < info.st_size <= _MAX_FILE_BYTES:
-            report.refuse(source, str(path), f"{info.st_size} bytes long", allowed)
+        size = path.stat().st_size
+        if not 0 < size <= _MAX_FILE_BYTES:
+            report.refuse(source, str(path), f"{size} bytes long", allowed)
             return None
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -198,6 +208,22 @@ def _listeners(root: Path, values: Values, permissions: Permissions, report: Rep
         )
         for planes, address, port in merge_planes(*server_addresses(values), *server_ports(values)) or ()
     )
+
+
+def _accepted_model(
+    values: Values, weight_path: Path, fraction: float, report: Report
+) -> AcceptedModel | None:
+    """The part that decides how much memory is taken, when nothing is wrong with it."""
+    if not values.has(f"{MODEL}.modelWeightPath", f"{BACKEND}.npuDeviceIds") or any(
+        finding.startswith(f"[config] {MODEL}.modelWeightPath=") for finding in report.findings
+    ):
+        return None
+    try:
+        schedule = _schedule(values, Report())
+        model = _model(values, weight_path, fraction, LoraSettings(), ChatSettings())
+    except KeyError:  # a key they are made of has a finding of its own
+        return None
+    return AcceptedModel(model, schedule, sum(map(len, values.raw(f"{BACKEND}.npuDeviceIds"))))
 
 
 def _certificate_findings(listeners: tuple[Listener, ...]) -> list[str]:

@@ -5,12 +5,12 @@ A line of a finding begins with the marker of its kind, [config], [tls] or [memo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from daemon.addresses import bind_listeners
 from daemon.config import load_settings
-from daemon.config_report import ConfigError, counted
+from daemon.config_report import AcceptedModel, ConfigError, counted
 from daemon.memory_plan import MemoryPlan, plan_memory
 from endpoint.tls import check_listeners
 from engine.errors import EXIT_CONFIG, EXIT_OK, StartupError
@@ -25,7 +25,8 @@ def check_config(config_file: Path | None, environ: Mapping[str, str], executabl
     try:
         settings = load_settings(config_file, environ, executable)
     except ConfigError as error:
-        _print_findings(error.findings, error.warnings, error.config_file)
+        plan, faults = _plan_model(error.accepted) if error.accepted is not None else ([], [])
+        _print_findings([*error.findings, *faults], error.warnings, error.config_file, plan)
         return EXIT_CONFIG
     findings: list[str] = []
     warnings = list(settings.warnings)
@@ -33,25 +34,25 @@ def check_config(config_file: Path | None, environ: Mapping[str, str], executabl
         warnings += check_listeners(settings.endpoint.listeners)
     except StartupError as error:
         findings += str(error).splitlines()
-    lines = list(_plan(settings, findings))
+    devices = sum(map(len, settings.device_ids))
+    plan, faults = _plan_model(AcceptedModel(settings.model, settings.schedule, devices))
+    plan = [*_plan_processes(settings), *plan]
+    findings += faults
     warnings += _busy_addresses(settings)
     for note in settings.notes:
         print(f"note: {note}")
-    _print_findings(findings, warnings, settings.config_file, lines)
+    _print_findings(findings, warnings, settings.config_file, plan)
     return EXIT_CONFIG if findings else EXIT_OK
 
 
 def _print_findings(
-    findings: list[str] | tuple[str, ...],
-    warnings: list[str] | tuple[str, ...],
-    config_file: Path,
-    plan: list[str] | None = None,
+    findings: Sequence[str], warnings: Sequence[str], config_file: Path, plan: Sequence[str]
 ) -> None:
     for finding in findings:
         print(finding)
     for warning in warnings:
         print(f"warning: {warning}")
-    for line in plan or ():
+    for line in plan:
         print(line)
     verdict = "" if findings else "valid, "
     print(f"{config_file}: {verdict}{counted(len(findings), 'error')}, {counted(len(warnings), 'warning')}")
@@ -70,27 +71,28 @@ def _busy_addresses(settings: ServerSettings) -> list[str]:
 # --- the plan ---
 
 
-def _plan(settings: ServerSettings, findings: list[str]) -> Iterator[str]:
-    """What would be started and what it takes; what does not fit goes to `findings`."""
+def _plan_processes(settings: ServerSettings) -> Iterator[str]:
+    """Where it would listen, and what would be started."""
     for listener in settings.endpoint.listeners:
         yield _row("+".join(listener.planes), f"{url(listener)}{' (mutual TLS)' if listener.tls else ''}")
-    model = settings.model
-    yield _row("model", f"{model.name}, {model.weight_path}")
+    yield _row("model", f"{settings.model.name}, {settings.model.weight_path}")
     for instance, devices in enumerate(settings.device_ids):
         ids = ", ".join(map(str, devices))
         yield _row(f"instance {instance}", f"{counted(len(devices), 'worker')}, device {ids}")
-    yield _row("device type", _device_text(model.device_type))
+
+
+def _plan_model(accepted: AcceptedModel) -> tuple[list[str], list[str]]:
+    """What the model takes of this machine; and, as a finding, why it cannot be served."""
+    model, schedule, num_workers = accepted
+    device = _row("device type", _device_text(model.device_type))
     if model.instance_type == "StandardMock":
-        yield _row("memory", "StandardMock: no weights are loaded and no cache is filled")
-        return
+        return [device, _row("memory", "StandardMock: no weights are loaded and no cache is filled")], []
     memory = read_memory(Path("/"))
-    num_workers = sum(map(len, settings.device_ids))
     try:
-        plan = plan_memory(model, settings.schedule, num_workers, memory)
+        plan = plan_memory(model, schedule, num_workers, memory)
     except StartupError as error:
-        findings.append(f"[memory] {error}")
-        return
-    yield from _memory_rows(plan, memory, num_workers)
+        return [device], [f"[memory] {error}"]
+    return [device, *_memory_rows(plan, memory, num_workers)], []
 
 
 def _device_text(device_type: str) -> str:

@@ -46,12 +46,20 @@ def path_fault(path: Path, want: Literal["file", "directory"]) -> str | None:
     if want == "file":
         if not stat.S_ISREG(info.st_mode):
             return f"not a regular file: {path}"
-        return None if os.access(path, os.R_OK) else f"cannot be read: {path}"
-    if not stat.S_ISDIR(info.st_mode):
-        return f"not a directory: {path}"
-    if os.access(path, os.R_OK | os.X_OK):
-        return None
-    return f"cannot be read: {path}; run: chmod u+rx {shlex.quote(str(path))}"
+        needed, option = os.R_OK, "u+r"
+    else:
+        if not stat.S_ISDIR(info.st_mode):
+            return f"not a directory: {path}"
+        needed, option = os.R_OK | os.X_OK, "u+rx"
+    return None if os.access(path, needed) else f"cannot be read: {path}; {_to_read(path, info, option)}"
+
+
+def _to_read(path: Path, info: os.stat_result, option: str) -> str:
+    """The command that lets us read what is there."""
+    place = shlex.quote(str(path))
+    if info.st_uid != os.geteuid():
+        return f"it belongs to uid {info.st_uid}; run: chown {os.geteuid()} {place}"
+    return f"run: chmod {option} {place}"
 
 
 class Permissions:
@@ -211,13 +219,14 @@ def _tokenizer_faults(path: Path, names: list[str]) -> list[str]:
     if "tokenizer.json" not in names:
         close = difflib.get_close_matches("tokenizer.json", names, 1, 0.7)
         return [f"no tokenizer.json in {path}" + (f" (there is {close[0]})" if close else "")]
-    return [] if os.access(file, os.R_OK) else [f"cannot be read: {file}"]
+    wrong = path_fault(file, "file")
+    return [wrong] if wrong else []
 
 
 def _weight_faults(path: Path, names: list[str]) -> list[str]:
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
-        return [f"cannot be read: {path / name}" for name in shards if not os.access(path / name, os.R_OK)]
+        return [wrong for name in shards if (wrong := path_fault(path / name, "file"))]
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         return [
@@ -230,11 +239,11 @@ def _weight_faults(path: Path, names: list[str]) -> list[str]:
 def _check_model_config(path: Path, given: str, values: Values, report: Report) -> None:
     file = path / "config.json"
     allowed = f"a model's config.json in {path}"
+    if wrong := path_fault(file, "file"):
+        report.refuse(_WEIGHT_PATH, given, wrong, allowed)
+        return
     try:
         config: Any = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        report.refuse(_WEIGHT_PATH, given, f"no such file: {file}", allowed)
-        return
     except (OSError, ValueError, RecursionError) as error:
         report.refuse(_WEIGHT_PATH, given, f"cannot be read: {file}: {error}", allowed)
         return

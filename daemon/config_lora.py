@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from daemon.config_files import Permissions, is_mock, path_fault
+from daemon.config_files import FILE_MODE, Permissions, is_mock, path_fault
 from daemon.config_report import Report, shown
 from daemon.config_rules import PLUGIN_PARAMS
 from daemon.config_schema import DEPLOY, MODEL, MODEL_NAME
@@ -45,7 +45,7 @@ def find_adapters(
     if not values.has(_MODULES, _MAX_LORAS, _MAX_RANK, _MODEL_NAME):
         return LoraSettings()
     max_loras, max_rank = values.integer(_MAX_LORAS), values.integer(_MAX_RANK)
-    entries = _entries(root, weight_path, values, report)
+    entries = _entries(root, weight_path, values, permissions, report)
     modules = []
     for entry in _without_repeated_names(entries, report):
         path = entry.folder / entry.path
@@ -81,7 +81,9 @@ def _check_company(has_modules: bool, values: Values, report: Report) -> None:
 # --- what is configured ---
 
 
-def _entries(root: Path, weight_path: Path, values: Values, report: Report) -> list[_Entry]:
+def _entries(
+    root: Path, weight_path: Path, values: Values, permissions: Permissions, report: Report
+) -> list[_Entry]:
     legacy = weight_path / _LEGACY
     given = values.raw(_MODULES)
     has_legacy = os.path.isfile(legacy)  # not Path.is_file, which raises where it may not look
@@ -91,6 +93,7 @@ def _entries(root: Path, weight_path: Path, values: Values, report: Report) -> l
         return _listed_entries(root, given, values, report)
     if has_legacy:
         report.warn(f"{legacy}: deprecated; list its adapters in {_MODULES} instead")
+        permissions.check(_LEGACY, str(legacy), legacy, FILE_MODE)
         return _legacy_entries(legacy, values, report)
     return []
 

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.errors import EXIT_CONFIG, StartupError
+from engine.settings import ModelSettings, ScheduleSettings
 
 _SHOWN_CHARS = 120
+
+
+class AcceptedModel(NamedTuple):
+    """What decides how much memory a model takes."""
+
+    model: ModelSettings
+    schedule: ScheduleSettings
+    num_workers: int
 
 
 class ConfigError(StartupError):
     """config.json cannot be used. The text is one line per finding, then the file and their number."""
 
-    def __init__(self, findings: list[str], config_file: Path, warnings: list[str] | None = None) -> None:
-        """`warnings` stay out of the text: they do not keep the server from starting."""
-        super().__init__(
-            "\n".join([*findings, f"{config_file}: {counted(len(findings), 'error')}"]), EXIT_CONFIG
-        )
+    def __init__(
+        self,
+        findings: list[str],
+        config_file: Path,
+        warnings: Sequence[str] = (),
+        accepted: AcceptedModel | None = None,
+    ) -> None:
+        """`warnings` stay out of the text: they do not keep the server from starting. `accepted`: the part
+        about the model, when nothing is wrong with it.
+        """
+        last = f"{config_file}: {counted(len(findings), 'error')}"
+        super().__init__("\n".join([*findings, last]), EXIT_CONFIG)
         self.findings = tuple(findings)
-        self.warnings = tuple(warnings or ())
+        self.warnings = tuple(warnings)
         self.config_file = config_file
+        self.accepted = accepted
 
 
 def counted(count: int, noun: str) -> str:

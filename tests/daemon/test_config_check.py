@@ -83,6 +83,17 @@ def test_what_does_not_fit_is_a_finding(home: Home, runtime: dict[str, int], par
     assert part in finding
 
 
+def test_what_does_not_fit_is_told_beside_other_findings(home: Home) -> None:
+    home.backend["runtimeConfig"] = {"deviceType": "cpu", "kvCacheBlockNum": 3}
+    home.server["port"] = 80
+    done = check(home)
+    assert "[config] ServerConfig.port=80" in done.stdout and "[memory] KV cache" in done.stdout
+    assert "2 errors" in done.stdout.splitlines()[-1]
+    home.schedule["cacheBlockSize"] = 0
+    done = check(home)
+    assert "[memory]" not in done.stdout, "a plan needs what it is made of"
+
+
 def test_damaged_weights_and_unknown_models_are_findings(home: Home) -> None:
     weights = home.model_dir / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
