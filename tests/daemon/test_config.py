@@ -461,6 +461,44 @@ def test_variables_without_effect_are_told(home: Home, environ: dict[str, str], 
     assert home.warning(part).startswith(next(iter(environ)))
 
 
+@pytest.mark.parametrize(
+    ("environ", "part"),
+    [
+        ({"MINDIE_ASYNC_SCHEDULING_ENABLE": "1"}, "asynchronous scheduling is not available"),
+        ({"MINDIE_LLM_RECOMPUTE_THRESHOLD": "0.5"}, "sequences are always recomputed"),
+        ({"LOCAL_CACHE_DIR": "/tmp"}, "no multimodal models"),
+        ({"MIES_SERVICE_MONITOR_MODE": "2"}, "neither 0 (off) nor 1 (on)"),
+    ],
+)
+def test_variables_that_lead_to_nothing_are_told(home: Home, environ: dict[str, str], part: str) -> None:
+    home.environ = environ
+    assert home.warning(part).startswith(next(iter(environ)))
+
+
+@pytest.mark.parametrize(
+    ("environ", "part"),
+    [
+        ({"RANK_TABLE_FILE": "/x", "MASTER_IP": "10.0.0.1"}, "RANK_TABLE_FILE, MASTER_IP: for"),
+        ({"MIES_SERVICE_MONITOR_MODE": "0"}, "/metrics is off"),
+        ({"NPU_MEMORY_FRACTION": "0.5", "MINDIE_DEVICE_TYPE": "cuda"}, "NPU_MEMORY_FRACTION=0.5 taken"),
+        ({"CUDA_VISIBLE_DEVICES": "3,4", "MINDIE_DEVICE_TYPE": "cuda"}, "CUDA_VISIBLE_DEVICES=3,4"),
+    ],
+)
+def test_variables_in_force_leave_one_note(home: Home, environ: dict[str, str], part: str) -> None:
+    home.environ = environ
+    home.note(part)
+
+
+def test_device_ids_stay_within_the_visible_ones(home: Home) -> None:
+    home.backend["npuDeviceIds"] = [[2]]
+    home.environ = {"ASCEND_RT_VISIBLE_DEVICES": "4,5", "MINDIE_DEVICE_TYPE": "npu"}
+    finding = home.only_finding()
+    assert "npuDeviceIds[0]=[2]: device ids [2] beyond the 2 visible devices" in finding
+    assert "ASCEND_RT_VISIBLE_DEVICES=4,5" in finding
+    home.environ["MINDIE_DEVICE_TYPE"] = "cpu"
+    home.load()
+
+
 def test_stock_values_of_variables_without_effect_are_not_mentioned(home: Home) -> None:
     before = home.load().warnings
     home.environ = {"NPU_MEMORY_FRACTION": "0.8", "MIES_SERVICE_MONITOR_MODE": "0"}

@@ -35,6 +35,18 @@ def test_wide_config_warns_with_the_command(home: Home) -> None:
     assert not [warning for warning in home.load().warnings if "chmod" in warning]
 
 
+def test_F16_what_cannot_be_read_comes_with_the_command(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real mode would not stop root."""
+    weights = home.model_dir / "model.safetensors"
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != weights and real(path, mode))
+    assert f"cannot be read: {weights}; run: chmod u+r {weights}" in home.only_finding()
+    if os.geteuid() != 0:
+        return  # only root can give a file away
+    os.chown(weights, 12345, -1)
+    assert f"it belongs to uid 12345; run: chown {os.geteuid()} {weights}" in home.only_finding()
+
+
 def test_wide_private_key_is_refused(home: Home) -> None:
     key = home.root / "security/keys/server.key.pem"
     key.chmod(0o644)
