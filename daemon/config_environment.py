@@ -41,6 +41,7 @@ _WITHOUT_EFFECT: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("", "0"),
         "asynchronous scheduling is not available in this build yet",
     ),
+    ("TOKENIZER_ENCODE_TIMEOUT", ("",), "ignored, e2eTimeout limits the encoding of a prompt as well"),
     ("MINDIE_LLM_RECOMPUTE_THRESHOLD", ("",), "ignored, sequences are always recomputed"),
     ("LOCAL_CACHE_DIR", ("",), "ignored, there are no multimodal models in this build"),
 )

@@ -9,6 +9,7 @@ import resource
 import shutil
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 

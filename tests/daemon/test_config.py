@@ -467,6 +467,7 @@ def test_variables_without_effect_are_told(home: Home, environ: dict[str, str], 
         ({"MINDIE_ASYNC_SCHEDULING_ENABLE": "1"}, "asynchronous scheduling is not available"),
         ({"MINDIE_LLM_RECOMPUTE_THRESHOLD": "0.5"}, "sequences are always recomputed"),
         ({"LOCAL_CACHE_DIR": "/tmp"}, "no multimodal models"),
+        ({"TOKENIZER_ENCODE_TIMEOUT": "30"}, "e2eTimeout limits"),
         ({"MIES_SERVICE_MONITOR_MODE": "2"}, "neither 0 (off) nor 1 (on)"),
     ],
 )

@@ -32,6 +32,7 @@ _SAMPLES: dict[str, object] = {
     "bool": True,
     "tuple[int, ...]": (3, -1),
     "tuple[tuple[str, str], ...]": (("a", "/b"),),
+    "tuple[Mapping[str, Any], ...]": ({"name": "a", "maxRunning": 2},),
     "SamplingParams": SamplingParams(9, temperature=0.5, seed=2**64 - 1, stop_token_ids=(3, 4)),
 }
 

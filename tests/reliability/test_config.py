@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -192,4 +194,21 @@ def test_P15_an_original_file_starts_where_its_model_is(make_daemon: MakeDaemon)
     body: Json = {"model": "qwen2.5-0.5b", "prompt": "Once upon a time", "max_tokens": 4}
     assert daemon.post("/v1/completions", body).status == 200
     assert "keys without effect in this server, ignored: ServerConfig.{kmcKsfMaster" in daemon.stderr
+    assert daemon.stop() == 0, daemon.stderr
+
+
+def test_F25_an_endpoint_that_replaces_a_dead_one_has_the_values_in_force(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(_MOCK).start().wait_ready()
+    change(daemon, {"ServerConfig": {"maxLinkNum": 7}})
+    hang_up(daemon)
+    eventually(lambda: concurrent_requests(daemon) == 7, 10.0, "the limit in force")
+    daemon.child("endpoint").send_signal(signal.SIGKILL)
+    logged(daemon, "role=endpoint serves again")
+
+    def in_force() -> bool:
+        with contextlib.suppress(OSError, KeyError, ValueError, http.client.HTTPException):
+            return concurrent_requests(daemon) == 7
+        return False
+
+    eventually(in_force, 30.0, "the limit in force in the new endpoint")
     assert daemon.stop() == 0, daemon.stderr
