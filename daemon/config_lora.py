@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from daemon.config_files import FILE_MODE, Permissions, is_mock, path_fault
+from daemon.config_plugins import PLUGIN_PARAMS
 from daemon.config_report import Report, shown
-from daemon.config_rules import PLUGIN_PARAMS
 from daemon.config_schema import DEPLOY, MODEL, MODEL_NAME
 from daemon.config_values import Values
 from engine.file_modes import DIRECTORY_MODE

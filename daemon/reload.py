@@ -98,6 +98,9 @@ class ConfigWatcher:
                 path, counted(len(error.findings), "error"), " | ".join(error.findings),
             )  # fmt: skip
             return None
+        except Exception as error:  # whatever lies there: a service that serves goes on
+            log.warning("%s cannot be read now, nothing is changed: %r", path, error)
+            return None
         self._may_write = True  # perhaps it can be written by now
         self._tell_new_warnings(loaded)
         applied = self._apply(loaded)
@@ -195,7 +198,7 @@ class ConfigWatcher:
         path = self._settings.config_file
         try:
             write_log_settings(path, settings)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError) as error:
             self._may_write = False
             log.warning("%s cannot be written, the log level's time is kept in memory only: %s", path, error)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -121,6 +122,18 @@ def test_F25_a_file_that_is_gone_for_a_moment_changes_nothing(watched: Watched) 
     watched.save()
     message = watched.poll()
     assert message is not None and message.max_link_num == 9
+
+
+def test_F25_a_failure_of_the_reading_itself_ends_nothing(
+    watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_the_disk(last_log: LogSettings) -> object:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(watched.watcher, "_load", lose_the_disk)
+    watched.save()
+    assert watched.poll() is None
+    assert "nothing is changed" in caplog.text and "Input/output error" in caplog.text
 
 
 # --- the log level ---
