@@ -86,7 +86,7 @@ class GrammarChecker:
             )
         return verdict.translated or grammar
 
-    def register_bounds(self, bounds: Bounds, max_requests: int) -> None:
+    def register_bounds(self, bounds: Bounds, max_requests: Callable[[], int]) -> None:
         """`max_requests`: each waits for one trial at most."""
         bounds.register("grammar_cache_bytes", lambda: self._size, self._cache_bytes)
         bounds.register("grammar_trials", lambda: len(self._pending), max_requests)

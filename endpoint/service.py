@@ -187,9 +187,11 @@ class GenerationService:
         return self._admission.is_full
 
     def register_bounds(self, bounds: Bounds) -> None:
-        limit = self._settings.max_link_num
+        def limit() -> int:
+            return self._settings.max_link_num  # changes with the configuration
+
         bounds.register("requests_running", lambda: self._admission.running, limit)
-        bounds.register("requests_waiting", lambda: self._admission.waiting, 2 * limit)
+        bounds.register("requests_waiting", lambda: self._admission.waiting, lambda: 2 * limit())
         bounds.register("tokenizer_queue", lambda: self._tokenizer.num_queued, limit)
         self._grammars.register_bounds(bounds, limit)
         self._engine.register_bounds(bounds)
