@@ -22,8 +22,7 @@ PARTS = {
     "server.adapters": "08",
     "server.aiohttp": "09",
     "server.rundir": "10",
-    "server.logs": "11",
-    "server.start": "12",
+    "server.start": "11",
     "llm.worker": "01",
     "llm.core": "02",
     "llm.scheduler": "03",
@@ -32,10 +31,11 @@ PARTS = {
     "llm.mock": "06",
     "llmmodels.runner": "01",
     "llmmodels.lora": "02",
+    "logs": "90",  # of every component
 }
 
 # what a part says, for `extra=code(...)`
-LOG_VARIABLE_WRONG = 1  # of server.logs
+LOG_VARIABLE_WRONG = 1  # of logs
 LOG_VARIABLE_REMOVED = 2
 LOG_REFUSED = 3
 LOG_RECOVERED = 4

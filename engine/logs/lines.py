@@ -8,6 +8,7 @@ import pwd
 import threading
 import time
 import traceback
+from functools import lru_cache
 
 from engine.logs.codes import code_of
 from engine.logs.options import COMPONENTS
@@ -28,7 +29,7 @@ def component_of(record: logging.LogRecord, own: str) -> str:
 
 def escaped(text: str) -> str:
     """`text` on one line, without control characters."""
-    return text.translate(_CONTROLS)
+    return text if text.isprintable() else text.translate(_CONTROLS)  # asking first: 0.1 us instead of 1
 
 
 class LineFormatter(logging.Formatter):
@@ -81,7 +82,12 @@ def _message(record: logging.LogRecord) -> str:
 
 def timestamp(seconds: float) -> str:
     """Local time to the millisecond, as in 2026-01-31 12:00:00.000."""
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{int(seconds % 1 * 1000):03d}"
+    return f"{_to_the_second(int(seconds))}.{int(seconds % 1 * 1000):03d}"
+
+
+@lru_cache(maxsize=2)  # lines come in time's order, many in a second
+def _to_the_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def file_time(seconds: float) -> str:

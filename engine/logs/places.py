@@ -15,7 +15,7 @@ from typing import Protocol
 from engine.logs.codes import LOG_RECOVERED, LOG_REFUSED, code
 from engine.logs.options import Rotation
 
-log = logging.getLogger("server.logs")
+log = logging.getLogger("logs")  # speaks for the process, whichever it is
 
 _COMPLAIN_EVERY_S = 60.0  # about one place: a slow reader makes it fail and recover all the time
 _FOLDER_MODE = 0o750

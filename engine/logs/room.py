@@ -36,7 +36,7 @@ def open_logs(environ: Mapping[str, str], *, to_files: bool = True) -> None:
     _room = _Room(options, LevelBoard(), "server", to_files=to_files)
     _room.install()
     for number, warning in options.warnings:
-        logging.getLogger("server.logs").warning("%s", warning, extra=code(number))
+        logging.getLogger("logs").warning("%s", warning, extra=code(number))
 
 
 def enter_child(component: str, *, reads_requests: bool) -> None:
@@ -118,7 +118,8 @@ class _Room:
         self._seen = -1  # change of levels
         self._started = file_time(time.time())
         self._user = os_user()
-        self._files: dict[tuple[Path, str], Sink] = {}
+        self._files: dict[tuple[str, str, str], Sink] = {}  # by component, folder and stem
+        self._by_path: dict[Path, Sink] = {}
         self.formatters = {
             name: LineFormatter(
                 component, verbose=options.of[name].verbose, quotes_exceptions=quotes_exceptions
@@ -153,21 +154,27 @@ class _Room:
         """None when the component writes no files."""
         if not (self.to_files and self.options.of[component].to_file):
             return None
+        if component == "server":
+            component = self.component  # what a worker says about itself belongs to its other lines
         stem = _STEMS.get(record.name) or ("mindie-server" if component == "server" else "mindie-llm")
         return self._file(component, "debug", stem)
 
     def _file(self, component: str, folder: str, stem: str) -> Sink:
-        options = self.options.of[component]
-        place = options.folder / folder
-        if (place, stem) not in self._files:  # shared by llm and llmmodels where their paths are the same
+        key = (component, folder, stem)
+        if key not in self._files:
+            options = self.options.of[component]
+            place = options.folder / folder
             rotation = _TOKEN_ROTATION if stem == _STEMS[TOKENS] else options.rotation
-            name = f"{stem}_{os.getpid()}_{self._started}"
-            self._files[place, stem] = Sink(RotatingFile(place, name, rotation))
-        return self._files[place, stem]
+            # llm and llmmodels share a file where their paths are the same
+            shared = self._by_path.get(place / stem)
+            self._files[key] = self._by_path[place / stem] = shared or Sink(
+                RotatingFile(place, f"{stem}_{os.getpid()}_{self._started}", rotation)
+            )
+        return self._files[key]
 
     @property
     def _sinks(self) -> list[Sink]:
-        return [*filter(None, (self.stdout, self.stderr)), *self._files.values()]
+        return [*filter(None, (self.stdout, self.stderr)), *self._by_path.values()]
 
     def lost_lines(self) -> int:
         return self.writer.lost + sum(sink.lost for sink in self._sinks)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from engine.logs.codes import LOG_OVERFLOWED, code
 from engine.logs.places import Sink
 
-log = logging.getLogger("server.logs")
+log = logging.getLogger("logs")  # speaks for the process, whichever it is
 
 _QUEUE_BYTES = 4 << 20
 _GATHER_S = 0.1  # lines of so long are written together, unless one of them is urgent
