@@ -17,7 +17,7 @@ from typing import NoReturn
 from engine.errors import EXIT_INIT, StartupError
 from engine.logs.room import close_logs, enter_child
 from engine.title import set_process_name
-from engine.wire.links import ENDPOINT, Control
+from engine.wire.links import Control
 from engine.wire.messages import Fatal
 
 log = logging.getLogger("server.child")
@@ -33,7 +33,7 @@ def run_child(
     try:
         _die_with_parent(parent_pid, lifeline_fd)
         _reset_signals()
-        is_endpoint = identity == ENDPOINT
+        is_endpoint = identity.startswith("endpoint")
         enter_child("server" if is_endpoint else "llm", reads_requests=is_endpoint)
         if sys.stderr is not None:
             faulthandler.enable()

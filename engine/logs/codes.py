@@ -29,6 +29,7 @@ PARTS = {
     "llm.platform": "04",
     "llm.masks": "05",
     "llm.mock": "06",
+    "llm.link": "07",
     "llmmodels.runner": "01",
     "llmmodels.lora": "02",
     "logs": "90",  # of every component

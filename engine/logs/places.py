@@ -157,8 +157,10 @@ class RotatingFile:
             raise Refused(error.strerror or str(error), start) from None
 
     def close(self) -> None:
+        """A child that has been forked may find it closed already."""
         if self._fd >= 0:
-            os.close(self._fd)
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
             self._fd = -1
 
     def _write(self, data: bytes) -> int:
@@ -220,11 +222,13 @@ class StandardStream:
         self._pen.write(lines, self._write)
 
     def close(self) -> None:
-        if self._own_fd >= 0:
-            os.close(self._own_fd)
-            self._own_fd = -1
-        if self._socket is not None:
-            self._socket.close()
+        """A child that has been forked may find it closed already."""
+        with contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.close()
+            if self._own_fd >= 0:
+                os.close(self._own_fd)
+        self._own_fd = -1
 
     def _write(self, data: bytes) -> int:
         if self._socket is not None:

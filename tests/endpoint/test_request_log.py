@@ -7,12 +7,14 @@ from dataclasses import asdict
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 
-from endpoint.engine_client import Flight, Part, Token
+from endpoint.flights import Flight, Part, Token
 from endpoint.generation_stream import GenerationStream
 from endpoint.request_log import Breakdown, RequestRecord, server_timing, timing_comment
 from engine.outcome import FinishCode
+from engine.sampling_params import SamplingParams
 
 PARTS = ("queued_ms", "prepared_ms", "prefill_ms", "decode_ms", "preempted_ms", "written_ms")
 
@@ -35,10 +37,9 @@ def record(
     made.opened = None if opened is None else 100.0 + opened
     made.admitted = None if admitted is None else 100.0 + admitted
     if submitted is not None:
-        flight = Flight(
-            1, 100.0, 100.0 + submitted, 100.0 + last, math.inf, preempted_us=int(preempted_s * 1e6)
-        )
-        flight.parts = [cast(Part, SimpleNamespace(preemptions=2))] if preempted_s else []
+        flight = Flight(1, 100.0, 100.0 + submitted, 100.0 + last, math.inf)
+        part = Part(flight, 0, np.ones(7, np.int32), SamplingParams(8), 5, [[]])
+        flight.note_preemptions(part, 2, int(preempted_s * 1e6))
         token = (
             None
             if first is None
@@ -96,3 +97,12 @@ def test_how_a_client_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "prefill;dur=1000.0, decode;dur=2000.0" in header and 'output_tokens;desc="3"' in header
     comment = timing_comment(told)
     assert comment.startswith(b": timings {") and comment.endswith(b"}\n\n") and comment.count(b"\n") == 2
+
+
+def test_preemptions_in_several_instances_add_up() -> None:
+    """Where a request goes on after a death, the engine counts from 0 again."""
+    flight = Flight(1, 0.0, 0.0, 0.0, math.inf)
+    part = Part(flight, 0, np.ones(7, np.int32), SamplingParams(8), 5, [[]])
+    for count, wait_us in ((0, 1), (1, 10), (1, 1), (3, 100), (0, 1), (1, 1000)):
+        flight.note_preemptions(part, count, wait_us)
+    assert (flight.preemptions, flight.preempted_us) == (4, 1110)
