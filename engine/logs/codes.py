@@ -17,7 +17,7 @@ PARTS = {
     "server.child": "03",
     "server.endpoint": "04",
     "server.http": "05",
-    "server.requests": "06",
+    "server.health": "06",
     "server.engine_client": "07",
     "server.adapters": "08",
     "server.aiohttp": "09",
