@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from engine.errors import EXIT_INIT, StartupError
+from engine.logs.room import close_logs, enter_child
 from engine.title import set_process_name
 from engine.wire.links import Control
 from engine.wire.messages import Fatal
@@ -32,7 +33,10 @@ def run_child(
     try:
         _die_with_parent(parent_pid, lifeline_fd)
         _reset_signals()
-        faulthandler.enable()
+        is_endpoint = identity.startswith("endpoint")
+        enter_child("server" if is_endpoint else "llm", reads_requests=is_endpoint)
+        if sys.stderr is not None:
+            faulthandler.enable()
         random.seed()
         set_process_name()
         control = Control(control_address, identity)
@@ -46,6 +50,7 @@ def run_child(
             control.channel.send(Fatal(code, f"{type(error).__name__}: {error}".splitlines()[0]))
         control.close()
     finally:
+        close_logs()
         with contextlib.suppress(OSError, AttributeError):  # closed, full, or without a reader
             sys.stderr.flush()
         # not sys.exit: the parent's atexit handlers and buffers are not ours to run

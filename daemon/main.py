@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import resource
@@ -17,14 +18,15 @@ from daemon.addresses import bind_listeners
 from daemon.config import load_config
 from daemon.config_check import check_config, url
 from daemon.forks import Birth, Forker
-from daemon.logs import set_levels, set_up_logging
 from daemon.plan import plan_processes
 from daemon.reload import ConfigWatcher
 from daemon.rundir import Doors, make_run_dir, run_name, sweep_stale
 from daemon.supervisor import Limits, Supervisor, install_signal_pipe
 from endpoint.context import EndpointContext
 from endpoint.tls import check_listeners
-from engine.errors import EXIT_USAGE, StartupError
+from engine.errors import EXIT_OK, EXIT_USAGE, StartupError
+from engine.logs import START
+from engine.logs.room import audit, open_logs, reset_levels, set_levels
 from engine.settings import ServerSettings
 from engine.title import hide_interpreter, set_process_name
 from engine.wire import sizes
@@ -69,12 +71,13 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    wakeup_fd = install_signal_pipe()  # first: from here on a signal means an orderly stop
+    _hold_standard_streams()
+    wakeup_fd = install_signal_pipe()  # early: from here on a signal means an orderly stop
     set_process_name()
     hide_interpreter()
     options = parse_command_line(sys.argv[1:])
     environ = dict(os.environ)
-    set_up_logging(environ)
+    open_logs(environ, to_files=not options.check_config)
     # memory holds user text: no core file unless the operator raises the limit again
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     executable = Path(sys.argv[0]).absolute()
@@ -96,12 +99,25 @@ def main() -> int:
     except StartupError as error:
         # written as it is: several findings are several lines
         print(error, file=sys.stderr, flush=True)
+        logging.getLogger(START).error("%s", error)
+        audit("system", "start mindie server", "fail")
         return error.exit_code
 
 
+def _hold_standard_streams() -> None:
+    """Of those we were started without, so that no file of ours gets their number and is printed into."""
+    with contextlib.suppress(OSError):
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(fd, True)
+        os.close(fd)
+
+
 def _set_levels(text: str) -> None:
-    """LogConfig's level; "" = the environment's."""
-    set_levels(text, os.environ)
+    """LogConfig's level, in all processes; "" = the environment's."""
+    if text:
+        set_levels(text)
+    else:
+        reset_levels()
 
 
 def _serve(settings: ServerSettings, watcher: ConfigWatcher, wakeup_fd: int) -> int:
@@ -179,7 +195,11 @@ def _supervise(
     log.info("configuration %s, %d worker(s)", settings.config_file, num_workers)
     forker = Forker(entry, sockets, wakeup_fd)
     vitals = Vitals(len(specs))
-    return Supervisor(specs, wires, forker, Doors(run_dir), vitals, limits, wakeup_fd, watcher).run()
+    supervisor = Supervisor(specs, wires, forker, Doors(run_dir), vitals, limits, wakeup_fd, watcher)
+    code = supervisor.run()
+    event = "stop mindie server" if supervisor.has_served or code == EXIT_OK else "start mindie server"
+    audit("system", event, "success" if code == EXIT_OK else "fail")
+    return code
 
 
 def _make_wire(settings: ServerSettings, name: str, run_dir: Path, instance: int) -> InstanceWire:

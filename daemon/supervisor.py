@@ -39,6 +39,7 @@ from daemon.reload import ConfigWatcher
 from daemon.restarts import MOST_DEATHS, WINDOW_S, RestartPolicy
 from daemon.rundir import Doors
 from engine.errors import EXIT_CHILD_DIED, EXIT_INIT, EXIT_OK
+from engine.logs.room import audit
 from engine.wire.channel import ControlHub
 from engine.wire.links import InstanceWire
 from engine.wire.messages import (
@@ -140,6 +141,7 @@ class Supervisor:
         self._deadline = 0.0
         self._next_look = 0.0
         self._exit_code = EXIT_OK
+        self.has_served = False
         self._children: dict[int, Child] = {}
         self._births = 0
         self._missing: dict[ProcessSpec, float] = {}  # to be forked, and not before when
@@ -479,6 +481,9 @@ class Supervisor:
 
     def _serve(self) -> None:
         self._state = State.SERVING
+        self.has_served = True
+        audit("system", "start endpoint", "success")
+        audit("system", "start mindie server", "success")
         log.info(SUCCESS_LINE)
         try:
             print(SUCCESS_LINE, flush=True)

@@ -278,7 +278,7 @@ def _status(**more: Json) -> Json:
 
 _SERVER_SCHEMAS: dict[str, Json] = {
     "Error": _object(
-        {"message": STRING},
+        {"message": STRING, "request_id": {**STRING, "description": "the header RequestUUID"}},
         error={**STRING, "minLength": 1, "description": "field, value, legal range and next step"},
         error_type=STRING,
         type={**STRING, "description": "same as error_type"},

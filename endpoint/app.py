@@ -10,6 +10,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from endpoint import http_errors, metadata, models_api
+from endpoint.audit import audit_request
 from endpoint.generation_stream import GenerationStream
 from endpoint.http_protocol import make_canonical
 from endpoint.json_body import parse_body
@@ -20,9 +21,18 @@ from endpoint.protocols.base import Body, Completion, GenerationRequest, ModelIn
 from endpoint.protocols.triton import MODEL_PATH, stop_infer_id
 from endpoint.request_body import read_body
 from endpoint.request_id import internal_id, new_uuid
+from endpoint.request_log import (
+    Breakdown,
+    RequestRecord,
+    recorded,
+    server_timing,
+    timing_comment,
+    wants_timings,
+)
 from endpoint.service import GenerationService
 from endpoint.token_count import parse_count
 from engine.errors import EngineFailed, InvalidRequest, ServerError, ServiceUnavailable, WrongState
+from engine.logs.codes import REQUEST_FAILED, STREAM_FAILED, code
 from engine.settings import EndpointSettings, ModelSettings, Plane, ScheduleSettings
 
 log = logging.getLogger("server.http")
@@ -109,10 +119,10 @@ class BusinessPlane:
 
     def _generation_handler(self, adapters: Sequence[ProtocolAdapter]) -> Handler:
         async def handle(http: web.Request) -> web.StreamResponse:
-            with self._metrics.request() as outcome:
-                return await generate(http, outcome)
+            with self._metrics.request() as outcome, recorded(http, http[_UUID]) as record:
+                return await generate(http, outcome, record)
 
-        async def generate(http: web.Request, outcome: Outcome) -> web.StreamResponse:
+        async def generate(http: web.Request, outcome: Outcome, record: RequestRecord) -> web.StreamResponse:
             service = self._ready_service()
             if "model" in http.match_info:  # a wrong path is wrong whatever the body says
                 models_api.check_served(service.info, http.match_info["model"])
@@ -121,10 +131,12 @@ class BusinessPlane:
                 adapter, body, request = parse(raw, service.info, http)
             else:  # milliseconds, or with many small values a second, that nobody else is to wait for
                 adapter, body, request = await asyncio.to_thread(parse, raw, service.info, http)
-            request_id = internal_id(http.headers, http[_UUID])
-            async with service.open(request, request_id) as stream:
+            record.dialect = adapter.name
+            name = internal_id(http.headers, http[_UUID])
+            async with service.open(request, name, record) as stream:
                 reply = adapter.reply(request, body, stream.context)
-                response = await _answer(http, request_id, request, stream, reply)
+                tell = record.breakdown if wants_timings(http) else None
+                response = await _answer(http, http[_UUID], request, stream, reply, tell)
                 outcome.ok = stream.complete
                 return response
 
@@ -149,15 +161,22 @@ class BusinessPlane:
 
 
 async def _answer(
-    http: web.Request, request_id: str, request: GenerationRequest, stream: GenerationStream, reply: Reply
+    http: web.Request,
+    request_id: str,
+    request: GenerationRequest,
+    stream: GenerationStream,
+    reply: Reply,
+    tell: Callable[[], Breakdown] | None = None,
 ) -> web.StreamResponse:
+    """`tell`: where the time went, when the client is to be told."""
     if not request.stream:
-        return web.json_response(body=await _written(reply.result, request, await stream.collect()))
+        body = await _written(reply.result, request, await stream.collect())
+        return web.json_response(body=body, headers=server_timing(tell()) if tell else None)
     response = web.StreamResponse(headers=_STREAM_HEADERS)
     if request.sampling.beam_search:  # nothing is final before all beams have ended
         frames = await _written(reply.beam_frames, request, await stream.collect())
         await response.prepare(http)
-        for frame in [*frames, *reply.tail()]:
+        for frame in [*frames, *_tail(reply, tell)]:
             await response.write(frame)
         await response.write_eof()
         return response
@@ -176,15 +195,21 @@ async def _answer(
         if not response.prepared:
             raise
         if not isinstance(error, ServerError):
-            log.exception("%s, request %s failed after its first frame", http.path, request_id)
+            log.exception("request %s failed after its first frame", request_id, extra=code(STREAM_FAILED))
             error = EngineFailed()
+        error.request_id = request_id
         for frame in reply.error_frames(error):
             await response.write(frame)
     else:
-        for frame in reply.tail():
+        for frame in _tail(reply, tell):
             await response.write(frame)
     await response.write_eof()
     return response
+
+
+def _tail(reply: Reply, tell: Callable[[], Breakdown] | None) -> Sequence[bytes]:
+    """What follows the last step. A comment has no place among records that are no server-sent events."""
+    return reply.tail() if tell is None or not reply.is_sse else [*reply.tail(), timing_comment(tell())]
 
 
 async def _written(
@@ -203,26 +228,28 @@ async def _written(
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every failure becomes the canonical body; only our own texts reach a client."""
     request[_UUID] = new_uuid()
+    audit_request(request, f"received {request[_UUID]}")
     try:
         return await handler(request)
     except ServerError as error:
-        return _error_response(error)
+        return _error_response(error, request[_UUID])
     except web.HTTPNotFound:
-        return _error_response(http_errors.unknown_path())
+        return _error_response(http_errors.unknown_path(), request[_UUID])
     except web.HTTPMethodNotAllowed as error:
-        return _error_response(http_errors.wrong_method(tuple(sorted(error.allowed_methods))))
+        allowed = tuple(sorted(error.allowed_methods))
+        return _error_response(http_errors.wrong_method(allowed), request[_UUID])
     except web.HTTPException:
         raise
     except Exception as error:
         if isinstance(error, ConnectionError) and (not request.transport or request.transport.is_closing()):
             raise asyncio.CancelledError from None  # the client has gone: as when aiohttp notices it itself
-        log.exception("%s %s, request %s failed", request.method, request.path, request[_UUID])
-        return _error_response(error)
+        log.exception("request %s failed", request[_UUID], extra=code(REQUEST_FAILED))
+        return _error_response(error, request[_UUID])
 
 
-def _error_response(error: Exception) -> web.Response:
+def _error_response(error: Exception, request_id: str) -> web.Response:
     return web.json_response(
-        body=http_errors.error_body(error),
+        body=http_errors.error_body(error, request_id),
         status=http_errors.status(error),
         headers=http_errors.error_headers(error),
     )
@@ -231,7 +258,8 @@ def _error_response(error: Exception) -> web.Response:
 async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
     if isinstance(response, web.HTTPException):  # raised by aiohttp before our handlers, such as 417
         make_canonical(response)
-    response.headers["RequestUUID"] = request.get(_UUID) or new_uuid()
+    request_id = response.headers["RequestUUID"] = request.get(_UUID) or new_uuid()
+    audit_request(request, f"{response.status} {request_id}")
     response.headers["Server"] = SERVER_NAME  # not which libraries in which versions
 
 

@@ -409,6 +409,8 @@ class EngineClient:
             if row.rank:
                 part.prompt_rows.append(PromptRow(row.token, row.logprob, row.rank, row.top))
                 continue
+            if row.preemptions != part.preemptions:
+                flight.note_preemptions(part, row.preemptions, row.queue_wait_us)
             if row.finish:
                 part.ended.add(row.branch)
                 if len(part.ended) == flight.branches:

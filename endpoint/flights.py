@@ -55,6 +55,7 @@ class Part:
     outputs: list[list[int]]  # of each branch, as far as it has come
     ended: set[int] = field(default_factory=set)  # its branches without further tokens, by its own numbers
     prompt_rows: list[PromptRow] = field(default_factory=list)  # when asked for: all before the first token
+    preemptions: int = 0  # in the instance it is in
     request_id: int = 0  # where it is now; another one in every instance
     link: InstanceLink | None = None  # None: it waits for an instance
     crashes: int = 0  # of instances it was in
@@ -83,6 +84,8 @@ class Flight:
     last_token: float  # when the last token came, or the request was submitted
     token_limit_s: float  # longest wait between two tokens
     parts: list[Part] = field(default_factory=list)
+    preemptions: int = 0
+    preempted_us: int = 0  # how long it waited to go on after them
     _cancelled: bool = False
     _arrived: deque[Token] = field(default_factory=deque)
     _failure: ServerError | None = None
@@ -95,6 +98,18 @@ class Flight:
     def over(self) -> bool:
         """Nobody waits for further tokens."""
         return self._cancelled or self._failure is not None
+
+    @property
+    def failure(self) -> ServerError | None:
+        """What ended it, if it did not end well."""
+        return self._failure
+
+    def note_preemptions(self, part: Part, count: int, wait_us: int) -> None:
+        """`count`: of this part so far, in its instance; another instance begins at 0 again."""
+        if count > part.preemptions:
+            self.preemptions += count - part.preemptions
+            self.preempted_us += wait_us
+        part.preemptions = count
 
     async def next(self) -> Token | None:
         """The next token, None when the request was cancelled. Raises the ServerError that ended it."""

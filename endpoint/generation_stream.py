@@ -39,9 +39,9 @@ class _Choice:
         self._logprobs = logprobs
         self._detokenizer = detokenizer
         self._pieces: list[str] = []
-        self._num_tokens = 0
+        self.num_tokens = 0
         self._previous = arrival
-        self.finished = False
+        self.finish: FinishReason | None = None
 
     def step(
         self,
@@ -63,12 +63,12 @@ class _Choice:
             finish, stop_reason = FinishReason.STOP, delta.stop_hit
         self._pieces.append(delta.text)
         latency_ms, self._previous = (token.at - self._previous) * 1e3, token.at
-        position, self._num_tokens = self._num_tokens, self._num_tokens + 1
-        self.finished = finish is not None
+        position, self.num_tokens = self.num_tokens, self.num_tokens + 1
+        self.finish = finish
         return TokenStep(
             token_id=token.token_id,
             text=delta.text,
-            full_text="".join(self._pieces) if whole or self.finished else "",
+            full_text="".join(self._pieces) if whole or finish is not None else "",
             index=position,
             latency_ms=latency_ms,
             batch_size=token.batch_size,
@@ -85,12 +85,12 @@ class _Choice:
         """The last step, without a token: what was held back comes out."""
         text = self._detokenizer.finish().text
         self._pieces.append(text)
-        self.finished = True
+        self.finish = FinishReason.CANCELLED
         return TokenStep(
             token_id=NO_TOKEN,
             text=text,
             full_text="".join(self._pieces),
-            index=self._num_tokens,
+            index=self.num_tokens,
             latency_ms=0.0,
             batch_size=0,
             queue_wait_us=0,
@@ -100,7 +100,7 @@ class _Choice:
 
     @property
     def begun(self) -> bool:
-        return self._num_tokens > 0
+        return self.num_tokens > 0
 
 
 def _named(words: TokenizerPool, token_id: int, logprob: float) -> TokenLogprob:
@@ -123,11 +123,12 @@ class GenerationStream:
         """`prompts`: the ids of each, as they were submitted."""
         self.context = context
         self._engine = engine
-        self._flight = flight
+        self.flight = flight
         self._tokenizer = tokenizer
         self._request = request
         self._metrics = metrics
         self.complete = False  # every choice has ended well
+        self.first: Token | None = None  # of any choice
         self._prompts = prompts
         self._prompt_tokens: dict[int, Sequence[PromptToken]] = {}  # by prompt
         self._branches = request.sampling.branches
@@ -144,16 +145,16 @@ class GenerationStream:
             include_stop=request.include_stop,
             kept=self._tokenizer.ids_of_special(request.markers),
         )
-        return _Choice(index, detokenizer, self._flight.arrival, request.sampling.logprobs >= 0)
+        return _Choice(index, detokenizer, self.flight.arrival, request.sampling.logprobs >= 0)
 
     async def __aiter__(self) -> AsyncIterator[TokenStep]:
         whole, left, generated = self.context.full_text_frames, len(self._choices), 0
         while left:
-            token = await self._flight.next()
+            token = await self.flight.next()
             if token is None:
                 break
             choice = self._choices[token.branch]
-            if choice.finished:
+            if choice.finish is not None:
                 continue  # computed before the engine heard of the stop string
             begins = not choice.begun
             prompt = await self._prompt_of(choice) if begins else ()
@@ -161,26 +162,37 @@ class GenerationStream:
             generated += 1
             self._metrics.token()
             if generated == 1:
-                self._metrics.first_token(token.at - self._flight.submitted)
+                self.first = token
+                self._metrics.first_token(token.at - self.flight.submitted)
             elif not begins:
                 self._metrics.next_token(step.latency_ms / 1e3)
-            if choice.finished:
+            if choice.finish is not None:
                 left -= 1
-                self._engine.end_branch(self._flight, token.branch)
+                self._engine.end_branch(self.flight, token.branch)
             yield step
-        self._engine.close(self._flight)
+        self._engine.close(self.flight)
         for choice in self._choices:  # of a request that was cancelled
-            if not choice.finished:
+            if choice.finish is None:
                 yield choice.cancel()
         self._metrics.finished(generated)
         self.complete = True
+
+    @property
+    def output_tokens(self) -> int:
+        """Generated so far, by all choices."""
+        return sum(choice.num_tokens for choice in self._choices)
+
+    @property
+    def finishes(self) -> Sequence[str]:
+        """Why its choices ended, each reason once."""
+        return list(dict.fromkeys(choice.finish.value for choice in self._choices if choice.finish))
 
     async def _prompt_of(self, choice: _Choice) -> Sequence[PromptToken]:
         if self._request.sampling.prompt_logprobs < 0:
             return ()
         number = choice.index // self._branches
         if number not in self._prompt_tokens:
-            ids, rows = self._prompts[number], self._flight.parts[number].prompt_rows
+            ids, rows = self._prompts[number], self.flight.parts[number].prompt_rows
             # tens of thousands of tokens may have to be named
             self._prompt_tokens[number] = await asyncio.to_thread(_name_prompt, self._tokenizer, ids, rows)
         return self._prompt_tokens[number]

@@ -34,7 +34,9 @@ STATUS: dict[type[ServerError], tuple[int, str]] = {
     MalformedRequest: (400, "Bad Request"),
 }
 
-_INTERNAL = "the server failed while handling this request; the server log has the details"
+_INTERNAL = (
+    "the server failed while handling this request; the server log has the details under its RequestUUID"
+)
 
 
 def _row(error: BaseException) -> tuple[int, str]:
@@ -49,20 +51,27 @@ def status(error: BaseException) -> int:
     return _row(error)[0]
 
 
-def error_text(error: BaseException) -> str:
-    """The error object as JSON on one line; nothing of an unexpected exception's own text gets out."""
+def error_text(error: BaseException, request_id: str = "") -> str:
+    """The error object as JSON on one line; nothing of an unexpected exception's own text gets out.
+
+    `request_id`: RequestUUID, by which the log tells more; `error` may carry it instead.
+    """
     text = str(error) if isinstance(error, ServerError) else ""
     text = text or _INTERNAL
     name = _row(error)[1]
     body = {"error": text, "error_type": name, "type": name}
     if isinstance(error, BodyTooLarge):
         body = {"message": text, **body}
+    if not request_id and isinstance(error, ServerError):
+        request_id = error.request_id
+    if request_id:
+        body["request_id"] = request_id
     return sse.dumps(body)
 
 
-def error_body(error: BaseException) -> bytes:
+def error_body(error: BaseException, request_id: str = "") -> bytes:
     """JSON body of the answer to a request that failed."""
-    return error_text(error).encode()
+    return error_text(error, request_id).encode()
 
 
 def error_headers(error: BaseException) -> dict[str, str]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 from aiohttp import web
 
 from endpoint import http_errors
+from endpoint.audit import peer
 from endpoint.metadata import SERVER_NAME
+from endpoint.request_id import new_uuid
 from engine.errors import EngineFailed, MalformedRequest, ServerError
+from engine.logs.room import audit
 
 
 def _malformed() -> MalformedRequest:
@@ -41,11 +44,13 @@ class _Protocol(web.RequestHandler):
         """Raises ConnectionError, as the base does, when an answer has already begun."""
         super().handle_error(request, status, exc, message)  # logs; its answer is not sent
         error: ServerError = EngineFailed() if status >= 500 else _malformed()
+        request_id = new_uuid()
         response = web.json_response(
-            body=http_errors.error_body(error),
+            body=http_errors.error_body(error, request_id),
             status=http_errors.status(error),
-            headers={"Server": SERVER_NAME},
+            headers={"Server": SERVER_NAME, "RequestUUID": request_id},
         )
+        audit(peer(request), "malformed request", f"{response.status} {request_id}")
         response.force_close()
         return response
 

@@ -37,6 +37,7 @@ from endpoint.tokenizer import TokenizerPool
 from endpoint.tools.registry import FORMATS, detect
 from endpoint.trial import Trials
 from engine.errors import EXIT_INIT, StartupError
+from engine.logs.room import audit
 from engine.settings import ChatSettings, Listener, TlsFiles
 from engine.wire.messages import (
     Drain,
@@ -142,6 +143,7 @@ class _Endpoint:
                 if failure.done():
                     failure.result()
             self._health.stopping()
+            audit("system", "stop endpoint", "success")
             service.stop_accepting()
             await service.drained(self._drain.result())
             for task in background:

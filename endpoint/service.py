@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -28,6 +27,7 @@ from endpoint.reasoning import (
     find_opening,
     find_opening_within,
 )
+from endpoint.request_log import RequestRecord
 from endpoint.token_count import CountRequest, count_tokens
 from endpoint.tokenizer import TokenizerPool
 from endpoint.validation import check_prompt_logprobs, check_token_count, show
@@ -41,8 +41,6 @@ from engine.errors import (
 )
 from engine.sampling_params import branch_seed
 from engine.settings import EndpointSettings, ModelSettings, ScheduleSettings
-
-log = logging.getLogger("server.requests")
 
 _SWEEP_S = 0.1  # how often deadlines are looked at: one timer for all requests instead of one per token
 _INLINE_CHARS = 2000  # longer texts are counted beside the event loop
@@ -109,16 +107,19 @@ class GenerationService:
         self._named: dict[str, _Ticket] = {}  # by the names under which they can be cancelled
 
     @asynccontextmanager
-    async def open(self, request: GenerationRequest, request_id: str) -> AsyncIterator[GenerationStream]:
+    async def open(
+        self, request: GenerationRequest, name: str, record: RequestRecord
+    ) -> AsyncIterator[GenerationStream]:
         """Admit, tokenize and submit; leaving the block, by any door, ends what still runs.
 
-        `request_id`: its name in the log, by which it can be cancelled too unless a running request has it.
+        `name`: by which it can be cancelled, unless a running request has it. `record`: of its milestones.
         Raises ServiceUnavailable, GenerationRefused, InvalidRequest or RequestTimeout.
         """
         task = asyncio.current_task()
         assert task is not None
         ticket = _Ticket(task, time.monotonic(), asked_limit_s=request.timeout_s)
-        names = self._name(ticket, request.client_id, request_id)
+        record.opened = ticket.arrival
+        names = self._name(ticket, request.client_id, name)
         self._tickets.add(ticket)
         admitted = False
         try:
@@ -126,6 +127,7 @@ class GenerationService:
                 self._check_accepting(admitted=False)
                 await self._admission.enter()
                 admitted = True
+                record.admitted = time.monotonic()
                 self._check_accepting(admitted=True)  # the wait may have been long
                 encoded = await self._encode(request)
                 if request.reasoning:
@@ -135,7 +137,6 @@ class GenerationService:
                     check_prompt_logprobs(sum(map(len, prompts)), request.sampling.prompt_logprobs)
                 request = await self._with_tried_grammar(request)
                 ticket.flight = await self._submit(request, prompts, ticket.arrival)
-                log.debug("request %s is %s in the engine", request_id, ticket.flight)
             except asyncio.CancelledError:
                 if ticket.verdict is not None:
                     raise ticket.verdict from None
@@ -144,7 +145,8 @@ class GenerationService:
                 # nothing of it was fed to the model
                 prompts = [()] * len(request.prompts)
                 ticket.flight = Flight.never_flown(ticket.arrival)
-            yield self._stream(request, ticket.flight, prompts)
+            record.stream = self._stream(request, ticket.flight, prompts)
+            yield record.stream
         finally:
             self._tickets.discard(ticket)
             for name in names:
@@ -242,14 +244,14 @@ class GenerationService:
                 "the model is not ready; see /v2/health/live for the progress", retry_after_s=5
             )
 
-    def _name(self, ticket: _Ticket, client_id: str | None, request_id: str) -> list[str]:
+    def _name(self, ticket: _Ticket, client_id: str | None, name: str) -> list[str]:
         """Let the ticket go by these names. Raises InvalidRequest when another request has the first one."""
         if client_id is not None and client_id in self._named:
             raise InvalidRequest(
                 f"`id` is {show(client_id)}, which is the id of a request that still runs; send another "
                 "one, or none, or wait for the end of that request"
             )
-        names = list(filter(None, (client_id, request_id if request_id not in self._named else None)))
+        names = list(filter(None, (client_id, name if name not in self._named else None)))
         self._named |= dict.fromkeys(names, ticket)
         return list(dict.fromkeys(names))
 

@@ -11,6 +11,7 @@ class ServerError(Exception):
 
     code = "internal"
     number = 1
+    request_id = ""  # RequestUUID of the answer that a frame with this error ends
 
 
 class InvalidRequest(ServerError):

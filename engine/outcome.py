@@ -34,3 +34,4 @@ class Outcome:
     # > 0: about a token of the prompt instead of a new one; its place among all tokens, 1 being the most
     # likely. `top` are then the others. These rows come before the first token, one per token but the first.
     rank: int = 0
+    preemptions: int = 0  # of its request so far

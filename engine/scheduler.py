@@ -14,12 +14,16 @@ from engine.beam import BeamSearch, Candidate, History
 from engine.block_manager import BlockManager
 from engine.errors import EngineFailed, GenerationRefused, GrammarFailed, ServerError
 from engine.executor import NO_CONTINUATION, NOT_YET, PromptScores, Sampled
+from engine.logs import REQUESTS, TOKENS
+from engine.logs.codes import FIRST_TOKEN_LATE, code
 from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan, build_plan
 from engine.sequence import GroupStatus, Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
 
 log = logging.getLogger("llm.scheduler")
+request_log = logging.getLogger(REQUESTS)
+token_log = logging.getLogger(TOKENS)
 
 # Decode goes first below this share of free blocks: a prefill would only be preempted again.
 _LOW_BLOCKS = 0.05
@@ -139,6 +143,8 @@ class Scheduler:
             group.enqueued = now
         if plan.sample_rows is not None or any(o.finish is not FinishCode.NONE for o in outcomes):
             self._sweep_ended()
+        if token_log.isEnabledFor(logging.DEBUG):
+            token_log.debug("%s", _told_step(plan))
         return outcomes
 
     def _commit_sample(
@@ -157,7 +163,17 @@ class Scheduler:
         # not released yet: its blocks may be what the next branch starts from
         seq.ended = finish is not FinishCode.NONE
         logprob, top = _logprobs(sampled, index, group.params.logprobs)
-        return Outcome(seq.request_id, seq.branch, token, finish, None, wait_us, logprob, top)
+        return Outcome(
+            seq.request_id,
+            seq.branch,
+            token,
+            finish,
+            None,
+            wait_us,
+            logprob,
+            top,
+            preemptions=group.num_preemptions,
+        )
 
     def _hold_back(self, group: SequenceGroup, seq: Sequence) -> None:
         """Leave a sample as it was; its newest token is computed again by the next step."""
@@ -202,6 +218,7 @@ class Scheduler:
                 wait_us,
                 step.logprob,
                 step.top,
+                preemptions=group.num_preemptions,
             )
             for branch, answer in enumerate(search.answers)
             for step in answer.steps
@@ -358,7 +375,7 @@ class Scheduler:
         victim = self._give_way()
         log.warning(
             "request %d waited %.0f ms for its first token: preempted request %d for it",
-            head.request_id, waited_ms, victim.request_id,
+            head.request_id, waited_ms, victim.request_id, extra=code(FIRST_TOKEN_LATE),
         )  # fmt: skip
 
     # -- decode -------------------------------------------------------------------------------------
@@ -404,12 +421,16 @@ class Scheduler:
             self.blocks.release(seq)
             seq.num_computed = 0
         self.num_preemptions += 1
+        group.num_preemptions += 1
         if not self._can_ever_hold(group):
             self._refuse(group, GenerationRefused)
             return
         group.move(GroupStatus.WAITING)
         insort(self.waiting, group, key=_rank)
-        log.info("request %d preempted", group.request_id)
+        request_log.info(
+            "request %d preempted, the %d. time: %d tokens have to be computed again",
+            group.request_id, group.num_preemptions, self._needs(group)[1],
+        )  # fmt: skip
 
     # -- endings ------------------------------------------------------------------------------------
 
@@ -458,6 +479,12 @@ class Scheduler:
 
 def _rank(group: SequenceGroup) -> tuple[float, int]:
     return group.rank, group.request_id
+
+
+def _told_step(plan: StepPlan) -> str:
+    """Whose tokens a step made, as request.branch:count of its output; never which tokens."""
+    made = " ".join(f"{seq.request_id}.{seq.branch}:{seq.num_output}" for seq in plan.samples)
+    return f"{plan.kind.name.lower()} of {plan.num_rows} rows: {made}"
 
 
 def _prompt(request_id: int, scores: PromptScores) -> Iterator[Outcome]:

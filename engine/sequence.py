@@ -96,8 +96,8 @@ class SequenceGroup:
     """
 
     __slots__ = (
-        "_status", "arrival", "beam_search", "enqueued", "params", "priority", "rank", "request_id",
-        "sequences", "stop_token_ids",
+        "_status", "arrival", "beam_search", "enqueued", "num_preemptions", "params", "priority", "rank",
+        "request_id", "sequences", "stop_token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +119,7 @@ class SequenceGroup:
         self.arrival = now
         self.enqueued = now  # when the group last began to wait for a step
         self.rank = now  # place in the queues, smallest first; the scheduler sets it
+        self.num_preemptions = 0
         self._status = GroupStatus.WAITING
 
     @property

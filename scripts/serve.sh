@@ -282,6 +282,7 @@ start_daemon() {
     step "starting" "nohup ./bin/mindieservice_daemon > output.log 2>&1 &"
     cd -- "$home"
     : > output.log
+    export MINDIE_LOG_PATH=${MINDIE_LOG_PATH-$home/logs}
     nohup ./bin/mindieservice_daemon > output.log 2>&1 < /dev/null 9<&- &
     daemon_pid=$!
     cd -- "$OLDPWD"

@@ -101,7 +101,12 @@ class Daemon:
         command = ["./bin/mindieservice_daemon", *arguments]
         if shell:
             command = ["bash", "-c", f"./bin/mindieservice_daemon {shell}"]
-        environ = {**os.environ, "MINDIE_LOG_LEVEL": "INFO", **self.environ}
+        environ = {
+            **os.environ,
+            "MINDIE_LOG_LEVEL": "INFO",
+            "MINDIE_LOG_PATH": str(self.root),
+            **self.environ,
+        }
         with (self.root / "stdout.log").open("wb") as out, (self.root / "stderr.log").open("wb") as err:
             self.process = subprocess.Popen(
                 command,
@@ -147,6 +152,12 @@ class Daemon:
     @property
     def stderr(self) -> str:
         return (self.root / "stderr.log").read_text(encoding="utf-8")
+
+    def log(self, name: str) -> str:
+        """What all processes wrote to files of this name: mindie-llm-request, security/mindie-server."""
+        folder, _, stem = name.rpartition("/")
+        files = sorted((self.root / "log" / (folder or "debug")).glob(f"{stem}_*.log"))
+        return "".join(file.read_text(encoding="utf-8") for file in files)
 
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.pid).children()

@@ -16,6 +16,7 @@ BOTTOM = (
     "engine.settings",
     "engine.errors",
     "engine.grammar_limits",
+    "engine.logs",
     "engine.sampling_params",
     "engine.outcome",
     "engine.tokenizer_files",

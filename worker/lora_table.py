@@ -21,7 +21,7 @@ from worker.layers.adapted import Projection, StepAdapters, TokensOf
 from worker.lora import Adapter, read_adapter
 from worker.platforms.base import Platform
 
-log = logging.getLogger("llm.lora")
+log = logging.getLogger("llmmodels.lora")
 
 
 class LoraTable:

@@ -28,7 +28,7 @@ from worker.models.registry import model_class
 from worker.platforms.registry import select_platform
 from worker.prompt_logprobs import PromptLogprobs
 
-log = logging.getLogger("llm.runner")
+log = logging.getLogger("llmmodels.runner")
 
 _WARM_UP_TOKENS = 256  # enough for every kernel of a prefill, short enough to cost nothing
 _WARM_UP_ROWS = (1, 2, 4, 8, 16, 32)  # decode batches; the products are prepared per row count

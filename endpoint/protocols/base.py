@@ -195,6 +195,8 @@ class ReplyContext:
 class Reply(Protocol):
     """Formats the answer of one request. Made by `ProtocolAdapter.reply`, used by one handler only."""
 
+    is_sse: bool  # its frames are server-sent events
+
     def frame(self, step: TokenStep) -> bytes:
         """One complete frame for a step; `step.finish` marks its choice's last. b"" sends nothing."""
 

@@ -73,6 +73,7 @@ class Counts:
 class OpenAIReply(ABC):
     """Frames and result of one request; the subclasses know the shape of a choice."""
 
+    is_sse = True
     chunk_object: ClassVar[str]
     result_object: ClassVar[str]
 

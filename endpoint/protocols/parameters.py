@@ -101,6 +101,8 @@ def read_schedule(fields: Fields) -> dict[str, Any]:
 class OneChoiceReply:
     """The parts of a Reply that are alike where there is one choice and no terminator."""
 
+    is_sse = True
+
     def tail(self) -> Sequence[bytes]:
         return ()
 

@@ -97,6 +97,8 @@ class VllmGenerate:
 
 
 class VllmReply:
+    is_sse = False  # records that end with a zero byte
+
     def __init__(self, n: int, prompt: str, full_text_frames: bool) -> None:
         self._n = n
         self._prompt = prompt

@@ -25,7 +25,8 @@ TOKEN_ROW = np.dtype(
         ("num_top", "<u2"),  # entries of this row in the table behind all rows
         ("finish", "u1"),  # FinishCode
         ("error", "u1"),  # ServerError.number, 0 = none
-        ("reserved", "u1", 2),
+        ("preemptions", "u1"),  # of the request so far; more than 255 stay 255
+        ("reserved", "u1"),
         ("rank", "<u4"),  # > 0: the row is about a token of the prompt, see Outcome
     ]
 )
@@ -47,6 +48,7 @@ class TokenRow(NamedTuple):
     error: int
     logprob: float
     rank: int
+    preemptions: int
     top: Sequence[tuple[int, float]]
 
 
@@ -101,6 +103,7 @@ def write_tokens(
     rows["finish"] = [o.finish for o in outcomes]
     rows["error"] = [o.error.number if o.error else 0 for o in outcomes]
     rows["logprob"] = [o.logprob for o in outcomes]
+    rows["preemptions"] = [min(o.preemptions, 0xFF) for o in outcomes]
     rows["rank"] = [o.rank for o in outcomes]
     rows["num_top"] = [len(o.top) for o in outcomes]
     entries = [entry for o in outcomes for entry in o.top]
@@ -115,7 +118,9 @@ def read_tokens(slot: memoryview) -> tuple[int, list[TokenRow]]:
     rows = np.frombuffer(slot, TOKEN_ROW, int(header["rows"]), TOKEN_HEADER.itemsize)
     num_top = rows["num_top"].tolist()
     entries = np.frombuffer(slot, TOP_ENTRY, sum(num_top), TOKEN_HEADER.itemsize + rows.nbytes).tolist()
-    names = ("request_id", "branch", "token", "queue_wait_us", "finish", "error", "logprob", "rank")
+    names = (
+        "request_id", "branch", "token", "queue_wait_us", "finish", "error", "logprob", "rank", "preemptions",
+    )  # fmt: skip
     columns = [rows[name].tolist() for name in names]
     read, start = [], 0
     for *values, count in zip(*columns, num_top, strict=True):

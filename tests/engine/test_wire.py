@@ -215,7 +215,7 @@ def test_prompt_and_token_records_round_trip() -> None:
 
     outcomes = [
         Outcome(1, 0, 42, FinishCode.NONE, None, 17),
-        Outcome(1, 3, 7, FinishCode.EOS, None, 18, -0.5, [(7, -0.5), (9, -2.25)]),
+        Outcome(1, 3, 7, FinishCode.EOS, None, 18, -0.5, [(7, -0.5), (9, -2.25)], preemptions=300),
         Outcome(2**63, 0, -1, FinishCode.ERROR, EngineFailed, 2**40),
         Outcome(4, 1, 5, FinishCode.NONE, None, 19, -1.5, [(5, -1.5)]),
         Outcome(5, 0, 6, FinishCode.NONE, None, 0, -9.5, [(8, -0.25)], 151_000),
@@ -225,11 +225,11 @@ def test_prompt_and_token_records_round_trip() -> None:
     batch_size, rows = layout.read_tokens(slot)
     assert batch_size == 2
     assert rows == [
-        (1, 0, 42, 17, 0, 0, 0.0, 0, []),
-        (1, 3, 7, 18, FinishCode.EOS, 0, -0.5, 0, [(7, -0.5), (9, -2.25)]),
-        (2**63, 0, -1, 2**32 - 1, FinishCode.ERROR, EngineFailed.number, 0.0, 0, []),
-        (4, 1, 5, 19, 0, 0, -1.5, 0, [(5, -1.5)]),
-        (5, 0, 6, 0, 0, 0, -9.5, 151_000, [(8, -0.25)]),
+        (1, 0, 42, 17, 0, 0, 0.0, 0, 0, []),
+        (1, 3, 7, 18, FinishCode.EOS, 0, -0.5, 0, 255, [(7, -0.5), (9, -2.25)]),
+        (2**63, 0, -1, 2**32 - 1, FinishCode.ERROR, EngineFailed.number, 0.0, 0, 0, []),
+        (4, 1, 5, 19, 0, 0, -1.5, 0, 0, [(5, -1.5)]),
+        (5, 0, 6, 0, 0, 0, -9.5, 151_000, 0, [(8, -0.25)]),
     ]
 
 

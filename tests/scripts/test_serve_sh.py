@@ -151,6 +151,7 @@ class TestFromBareToServing:
         ):
             assert (place.home / name).exists(), name
         assert "Daemon start success!\n" in (place.home / "output.log").read_text()
+        assert list((place.home / "logs" / "log" / "debug").glob("mindie-server_*.log"))
         assert not (place.tree / "build").exists()
         assert not list(place.tree.glob("*.egg-info"))
 
@@ -263,7 +264,13 @@ class TestFromBareToServing:
         eventually(lambda: not place.processes(), 30, "the end of all")
         path = place.home / "output.log"
         with path.open("wb") as log:
-            daemon = subprocess.Popen(["bin/mindieservice_daemon"], cwd=place.home, stdout=log, stderr=log)
+            daemon = subprocess.Popen(
+                ["bin/mindieservice_daemon"],
+                cwd=place.home,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "MINDIE_LOG_PATH": str(place.home / "logs")},
+            )
         try:
             eventually(lambda: path.stat().st_size, 30, "a first word")  # before, it has no name
             joined = place.serve()
