@@ -37,6 +37,7 @@ class SamplingParams:
     thinking_budget: int = 0  # tokens of reasoning after which `reasoning_end` is forced; 0 = no limit
     prompt_logprobs: int = -1  # -1: none; k >= 0: of each prompt token and the k most likely
     lora: str = ""  # name of the adapter; "" = the base model
+    reproducible: bool = False  # the client sent a seed: what else runs must not change a bit of its logits
 
     def num_top(self, num_eos: int) -> int:
         """How many of the most likely tokens a sample needs; -1: not even the chosen one's log-probability.

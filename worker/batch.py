@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.plan import Int32Array, StepPlan
+from engine.plan import Int32Array, StepKind, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,19 @@ def split_plan(plan: StepPlan, wide_rows: int | None) -> list[StepPlan]:
         tokens += lengths[row]
     pieces.append(_rows_of(plan, first, plan.num_rows))
     return pieces
+
+
+def split_by_arithmetic(plan: StepPlan) -> list[tuple[StepPlan, bool]]:
+    """The plan in pieces of consecutive rows, and whether each is computed in the batch-invariant way.
+
+    Prompts are cut where reproducible ones meet others, which have faster ways. A decode step stays whole:
+    most of its time goes into reading the weights, and two pieces would read them twice.
+    """
+    wanted = [sequence.params.reproducible for sequence in plan.sequences]
+    if plan.kind is StepKind.DECODE or all(wanted) or not any(wanted):
+        return [(plan, any(wanted))]
+    bounds = [0, *(row for row in range(1, len(wanted)) if wanted[row] != wanted[row - 1]), len(wanted)]
+    return [(_rows_of(plan, first, last), wanted[first]) for first, last in pairwise(bounds)]
 
 
 def _rows_of(plan: StepPlan, first: int, last: int) -> StepPlan:

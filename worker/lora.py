@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.errors import EXIT_INIT, StartupError
 from worker.config_values import ConfigValues
 from worker.layers.adapted import AdaptedLinear, Delta, Projection, merged_delta
+from worker.platforms.base import Linear, Platform
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -62,7 +63,7 @@ def read_adapter(
     folder: Path,
     projections: Mapping[str, Projection],
     dtype: torch.dtype,
-    device: torch.device,
+    platform: Platform,
     *,
     max_rank: int,
     available_bytes: int,
@@ -89,7 +90,7 @@ def read_adapter(
             if num_bytes > available_bytes:
                 needed, free = num_bytes >> 20, max(0, available_bytes) >> 20
                 raise _refusal(file, f"needs {needed} MiB of memory, but {free} MiB are free")
-            deltas = _take(handle, modules, config, projections, dtype, device)
+            deltas = _take(handle, modules, config, projections, dtype, platform)
     except (OSError, SafetensorError) as error:
         raise _refusal(file, f"cannot be read: {error}") from None
     return Adapter(deltas, rank, num_bytes)
@@ -186,14 +187,18 @@ def _take(
     config: LoraConfig,
     projections: Mapping[str, Projection],
     dtype: torch.dtype,
-    device: torch.device,
+    platform: Platform,
 ) -> tuple[tuple[AdaptedLinear, Delta], ...]:
     by_layer: dict[int, list[tuple[Projection, Tensor, Tensor]]] = {}
     for module in modules:
         a, b = (handle.get_tensor(f"base_model.model.{module}.lora_{side}.weight") for side in "AB")
         # in float32, so that a scaling that is no power of two is rounded once
-        b = (b.float() * config.scaling_of(module)).to(device, dtype)
+        b = (b.float() * config.scaling_of(module)).to(platform.device, dtype)
         projection = projections[module]
-        change = (projection, a.to(device, dtype, copy=True), b)
+        change = (projection, a.to(platform.device, dtype, copy=True), b)
         by_layer.setdefault(id(projection.layer), []).append(change)
-    return tuple((changes[0][0].layer, merged_delta(changes)) for changes in by_layer.values())
+
+    def pack(weight: Tensor) -> Linear:
+        return platform.pack_linear(weight, None)
+
+    return tuple((changes[0][0].layer, merged_delta(changes, pack)) for changes in by_layer.values())

@@ -121,7 +121,7 @@ class LoraTable:
             path,
             self._projections,
             self._dtype,
-            self._platform.device,
+            self._platform,
             max_rank=self._settings.max_rank,
             available_bytes=self._platform.memory().available,
         )

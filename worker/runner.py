@@ -15,9 +15,9 @@ from engine.plan import StepKind, StepPlan, build_plan
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.settings import ModelSettings, ScheduleSettings
-from worker.attention.base import AttentionSpec
+from worker.attention.base import AttentionBackend, AttentionSpec
 from worker.attention.registry import make_attention
-from worker.batch import make_batch, split_plan
+from worker.batch import make_batch, split_by_arithmetic, split_plan
 from worker.cache_size import activation_bytes, count_blocks
 from worker.config_values import ConfigValues
 from worker.hf_config import eos_token_ids
@@ -86,10 +86,9 @@ class ModelRunner:
         self.block_bytes = self._kv_spec.block_bytes
         self._activation_bytes = activation_bytes(config, self._schedule)
         self._check_memory()
-        self._attention = make_attention(
-            self._platform.attention_backend,
-            AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype),
-        )
+        spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
+        self._attention = make_attention(self._platform.attention_backend, spec)
+        self._invariant_attention = make_attention(self._platform.invariant_attention_backend, spec)
         self._model = cls(
             config,
             checkpoint,
@@ -151,6 +150,9 @@ class ModelRunner:
             self._progress("warm-up", (step + 1) / (len(rows) + 1))
             sequences = [self._dummy(1, first_block=row) for row in range(batch_size)]
             self.forward(build_plan(StepKind.DECODE, sequences, self._schedule.block_size))
+        for reproducible in (self._dummy(longest, 0), self._dummy(1, 0)):
+            reproducible.params = replace(reproducible.params, reproducible=True)
+            self.forward(build_plan(StepKind.PREFILL, [reproducible], self._schedule.block_size))
         self._progress("warm-up", 1.0)
 
     @torch.inference_mode()
@@ -159,19 +161,26 @@ class ModelRunner:
 
         `prompts`: where the scores of prompt tokens go.
 
-        Which kernels a row meets depends on its own length alone. Their order of summation may still follow
-        the number of tokens in the step: logits equal those of the row alone to rounding, not to the bit.
+        Logits and cache of a row that is to be reproducible are the same bits in every step that computes
+        them, alone or in company, whole or token by token. Which kernels another row meets depends on its own
+        length alone, but their order of summation may follow the number of tokens in the step: its logits
+        equal those of the row alone to rounding.
         """
         if plan.copies:
             self._cache.copy_blocks(plan.copies)
-        pieces = [self._forward(piece, prompts) for piece in split_plan(plan, self._platform.wide_rows)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        logits = []
+        for part, invariant in split_by_arithmetic(plan):
+            pieces = [part] if invariant else split_plan(part, self._platform.wide_rows)
+            self._platform.arithmetic.invariant = invariant
+            attention = self._invariant_attention if invariant else self._attention
+            logits += [self._forward(piece, attention, prompts) for piece in pieces]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def _forward(self, plan: StepPlan, prompts: PromptLogprobs | None) -> Tensor:
+    def _forward(self, plan: StepPlan, attention: AttentionBackend, prompts: PromptLogprobs | None) -> Tensor:
         batch = make_batch(plan, self._platform.device)
-        self._attention.begin_step(batch, self._schedule.block_size)
+        attention.begin_step(batch, self._schedule.block_size)
         self.adapters.begin_step(plan, batch)
-        hidden = self._model.forward(batch, self._attention, self._cache)
+        hidden = self._model.forward(batch, attention, self._cache)
         if prompts is not None:
             prompts.add(plan, hidden, self._model.logits)
         if batch.last_tokens is not None:

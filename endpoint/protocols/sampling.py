@@ -73,4 +73,5 @@ def resolve_sampling(
         ignore_eos=ignore_eos,
         branches=branches,
         lora=lora,
+        reproducible=seed is not None,
     )

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ CHAT: Json = {
 COMPLETION: Json = {"model": "mindie-tiny", "prompt": "Once upon a time", "max_tokens": 12}
 INFER: Json = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 12}}
 GOOD = {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION, "/infer": INFER, "/infer_token": INFER}
+WORDS = ["the", "old", "king", "went", "to", "see", "a", "river", "and", "her", "small", "house"]
 LONG: Json = {"model": "mindie-tiny", "prompt": "Hi", "max_tokens": 3000, "ignore_eos": True, "stream": True}
 ROOM: Json = {
     "BackendConfig": {"ScheduleConfig": {"maxIterTimes": 4000}, "ModelDeployConfig": {"maxSeqLen": 4096}},
@@ -141,21 +143,39 @@ def raw_exchange(server: Daemon, path: str, body: Json) -> bytes:
     return received
 
 
-def test_a_seed_gives_the_same_text_whatever_else_runs(server: Daemon) -> None:
-    body = {**COMPLETION, "max_tokens": 40, "temperature": 1.0, "top_p": 0.95, "seed": 11}
-    alone = server.post("/v1/completions", body).json()["choices"][0]["text"]
-    others = [
-        threading.Thread(target=server.post, args=("/v1/completions", {**body, "seed": s})) for s in range(12)
-    ]
-    for thread in others:
-        thread.start()
-    assert server.post("/v1/completions", body).json()["choices"][0]["text"] == alone
-    for thread in others:
-        thread.join()
-    different = {
-        server.post("/v1/completions", {**body, "seed": s}).json()["choices"][0]["text"] for s in range(4)
-    }
-    assert len(different) > 1
+def seeded(number: int) -> Json:
+    """One of many sampled requests, with a prompt of 5 to 300 words."""
+    words = [WORDS[(number * 7 + at * at) % len(WORDS)] for at in range((5, 40, 120, 300)[number % 4])]
+    prompt = f"{number} {' '.join(words)}"
+    return {**COMPLETION, "prompt": prompt, "max_tokens": 50, "temperature": 1.0, "seed": number}
+
+
+def texts_of(daemon: Daemon, bodies: list[Json], at_once: int) -> list[list[str]]:
+    def ask(body: Json) -> list[str]:
+        return [choice["text"] for choice in daemon.post("/v1/completions", body).json()["choices"]]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(ask, bodies))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_seed_gives_the_same_text_whatever_else_runs(make_daemon: MakeDaemon, dtype: str) -> None:
+    """Alone, among requests of all lengths with and without seeds, and through preemptions."""
+    bodies = [seeded(number) for number in range(16)]
+    bodies[3]["n"] = 2
+    unseeded = [{**seeded(number), "seed": None} for number in range(40, 44)]
+
+    daemon = make_daemon({"BackendConfig": {"runtimeConfig": {"dtype": dtype}}}).start().wait_ready()
+    alone = texts_of(daemon, bodies, 1)
+    assert texts_of(daemon, [*unseeded, *bodies], 20)[len(unseeded) :] == alone
+    assert len({text for texts in alone for text in texts}) == 17, "seeds and prompts make a difference"
+    daemon.stop()
+
+    runtime = {"dtype": dtype, "kvCacheBlockNum": 24}
+    small = make_daemon({"BackendConfig": {"runtimeConfig": runtime}}).start().wait_ready()
+    assert texts_of(small, bodies[::-1], 16)[::-1] == alone
+    assert "preempted" in small.stderr
 
 
 def test_stop_strings_cut_the_text_and_never_leak(server: Daemon) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from worker.platforms.base import Linear
 
@@ -35,21 +34,21 @@ class DeltaPart:
 
     ranks: slice  # its columns of the inner product
     outputs: slice  # its columns of the layer's output
-    b: Tensor  # [outputs, rank], the scaling multiplied in
+    b: Linear  # rank -> outputs, the scaling multiplied in
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What one adapter adds to one layer: for each part, (x a^T)[its ranks] b^T."""
 
-    a: Tensor  # [sum of the parts' ranks, in]
+    a: Linear  # in -> sum of the parts' ranks
     parts: tuple[DeltaPart, ...]
 
     def add_to(self, y: Tensor, x: Tensor, tokens: Tensor | None) -> None:
         """x: [T, in]; y: [T, out], changed in place where `tokens` says."""
-        inner = functional.linear(x if tokens is None else x.index_select(0, tokens), self.a)
+        inner = self.a(x if tokens is None else x.index_select(0, tokens))
         for part in self.parts:
-            change = functional.linear(inner[:, part.ranks], part.b)
+            change = part.b(inner[:, part.ranks].contiguous())
             if tokens is None:
                 y[:, part.outputs] += change
             else:
@@ -90,11 +89,15 @@ class Projection:
 
 def merged_delta(
     changes: Sequence[tuple[Projection, Tensor, Tensor]],
+    pack: Callable[[Tensor], Linear],
 ) -> Delta:
-    """The delta of one layer. `changes`: projections of it, each with its a [rank, in] and b [out, rank]."""
+    """The delta of one layer. `changes`: projections of it, each with its a [rank, in] and b [out, rank].
+
+    `pack` makes a layer without a bias of a weight.
+    """
     parts = []
     start = 0
     for projection, a, b in changes:
-        parts.append(DeltaPart(slice(start, start + len(a)), projection.outputs, b))
+        parts.append(DeltaPart(slice(start, start + len(a)), projection.outputs, pack(b)))
         start += len(a)
-    return Delta(torch.cat([a for _, a, _ in changes]), tuple(parts))
+    return Delta(pack(torch.cat([a for _, a, _ in changes])), tuple(parts))

@@ -1,4 +1,4 @@
-"""Linear layers as the CPU runs them: plain, packed for oneDNN, or in float32 when there are many rows."""
+"""Linear layers as the CPU runs them: plain, packed for oneDNN, in float32 for many rows, or in tiles."""
 
 from __future__ import annotations
 
@@ -82,3 +82,50 @@ class UpcastingLinear:
         if len(x) < self.MIN_ROWS:
             return self._narrow(x)
         return functional.linear(x.float(), self._scratch.hold(self._narrow.dense()), self._bias).to(x.dtype)
+
+
+class StepArithmetic:
+    """Shared by all linear layers of a platform; whoever runs a step sets it."""
+
+    __slots__ = ("invariant",)
+
+    def __init__(self) -> None:
+        self.invariant = False  # whether a row's result must not depend on the number of rows
+
+
+class InvariantLinear:
+    """`fast`, or while the step asks for it `narrow` on numbers of rows that all give a row the same bits."""
+
+    def __init__(
+        self,
+        fast: PlainLinear | PackedLinear | UpcastingLinear,
+        narrow: PlainLinear | PackedLinear,
+        sizes: tuple[int, ...],
+        step: StepArithmetic,
+    ) -> None:
+        """`sizes`: rising, of worker/platforms/row_sizes.py."""
+        self._fast = fast
+        self._narrow = narrow
+        self._sizes = sizes
+        self._step = step
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [rows, in] -> [rows, out]."""
+        if not self._step.invariant:
+            return self._fast(x)
+        largest = self._sizes[-1]
+        if len(x) <= largest:
+            return self._tile(x)
+        return torch.cat([self._tile(tile) for tile in torch.split(x, largest)])
+
+    def _tile(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        size = next(size for size in self._sizes if size >= rows)
+        if size > rows:
+            x = functional.pad(x, (0, 0, 0, size - rows))
+        elif x.data_ptr() % _ALIGNMENT:
+            x = x.clone()  # some products follow the alignment of their operands
+        return self._narrow(x)[:rows]
+
+
+_ALIGNMENT = 64  # bytes; torch's own on the CPU

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from worker.layers.linear import StepArithmetic
 from worker.platforms.memory_limits import MemoryInfo
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -17,6 +18,8 @@ Linear = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
 class Platform(Protocol):
     name: str
     attention_backend: str  # row of worker/attention/registry.py
+    invariant_attention_backend: str  # the same for steps that must not depend on batch mates
+    arithmetic: StepArithmetic  # of all layers this platform packs
 
     @property
     def device(self) -> torch.device: ...

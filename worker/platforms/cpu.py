@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from worker.cache_size import CPU_KV_SHARE
-from worker.layers.linear import Float32Scratch, PackedLinear, PlainLinear, UpcastingLinear
+from worker.layers.linear import (
+    Float32Scratch,
+    InvariantLinear,
+    PackedLinear,
+    PlainLinear,
+    StepArithmetic,
+    UpcastingLinear,
+)
 from worker.platforms.base import DTypeName, Linear
 from worker.platforms.cpu_kernels import LinearKernels, probe_linears
 from worker.platforms.memory_limits import MemoryInfo, read_memory
+from worker.platforms.row_sizes import equal_sizes
 
 _MAX_UPCAST = 128 * 2**20  # weights; a vocabulary head never sees long prefills and would need gigabytes
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,10 +30,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class CpuPlatform:
     name = "cpu"
     attention_backend = "cpu_paged"
+    invariant_attention_backend = "cpu_invariant"
 
     def __init__(self) -> None:
         self._kernels: dict[torch.dtype, LinearKernels] = {}
         self._scratch = Float32Scratch()
+        self._row_sizes: dict[tuple[torch.Size, torch.dtype, bool], tuple[int, ...]] = {}
+        self.arithmetic = StepArithmetic()
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +65,11 @@ class CpuPlatform:
             self._kernels[dtype] = probe_linears(dtype)
         kernels = self._kernels[dtype]
         narrow = PackedLinear(weight, bias) if kernels.packed else PlainLinear(weight, bias)
-        return UpcastingLinear(narrow, self._scratch) if kernels.upcast and size <= _MAX_UPCAST else narrow
+        fast = UpcastingLinear(narrow, self._scratch) if kernels.upcast and size <= _MAX_UPCAST else narrow
+        kind = (weight.shape, dtype, bias is not None)
+        if kind not in self._row_sizes:
+            self._row_sizes[kind] = equal_sizes(narrow, weight, bias)
+        return InvariantLinear(fast, narrow, self._row_sizes[kind], self.arithmetic)
 
     @property
     def wide_rows(self) -> int | None:

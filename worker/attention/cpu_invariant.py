@@ -1,0 +1,221 @@
+"""Paged attention on the CPU whose result for a query depends on that query and its keys alone, to the bit.
+
+torch's fused kernel chooses its order of summation by the shapes it sees. So every query meets the same ones:
+
+- queries come in tiles: for each key head the same number of rows, filled up with zeros;
+- keys are filled up to a multiple of what the kernel takes at a time (hidden ones add exact zeros);
+- there are always two products or more, for a single one would be spread over the threads in itself.
+
+The number of rows is a multiple of 8, so that the scratch memory of each thread begins at a cache line:
+products in float32 follow the alignment of their operands. Larger tiles and a finer filling are used where a
+probe at the start finds the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from worker.attention.base import AttentionSpec, store_kv
+from worker.attention.cpu_paged import similar_runs
+from worker.batch import Batch
+
+_KERNEL_KEYS = 512  # keys the kernel takes at a time
+_FINER_KEYS = (128, 256)
+_ROW_MULTIPLE = 8
+_MANY_ROWS = 32  # of a tile: the kernel takes at most so many at a time from short queries
+_MASK_ELEMENTS = 2**22  # of one call
+_PROBED_CONTEXTS = (20, 128, 200, 384, 500, 600)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """`queries` side by side, each with all heads that share a key head, in `rows` rows."""
+
+    queries: int
+    rows: int
+
+    @staticmethod
+    def of(queries: int, share: int) -> _Tile:
+        return _Tile(queries, -(-queries * share // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows of the step that are gathered together: n rows of W keys each."""
+
+    tokens: slice  # of the step's query tokens
+    blocks: Tensor  # int32 [n * blocks of a row]
+    padding: Tensor  # int64: gathered slots beyond the context of their row
+    num_keys: int  # W
+    seen: NDArray[np.int32]  # [tokens] keys that each query sees, rising within a row
+
+
+class CpuInvariantAttention:
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+        self._share = spec.num_heads // spec.num_kv_heads
+        self._single = _Tile.of(1, self._share)
+        self._k_buffer = torch.empty(0, dtype=spec.dtype)
+        self._v_buffer = torch.empty(0, dtype=spec.dtype)
+        self._key_step = next(
+            (step for step in _FINER_KEYS if self._keeps_the_bits(self._single, step)), _KERNEL_KEYS
+        )
+        many = _Tile.of(max(1, _MANY_ROWS // self._share), self._share)
+        self._many = many if self._keeps_the_bits(many, self._key_step) else self._single
+
+    def begin_step(self, batch: Batch, block_size: int) -> None:
+        self._slots = batch.slots
+        self._is_decode = batch.one_token_per_row
+        self._runs = list(
+            self._decode_runs(batch, block_size) if self._is_decode else self._prefill_runs(batch, block_size)
+        )
+        self._reserve(max(len(run.blocks) for run in self._runs), block_size)
+        # all layers share them; those of a prefill are too large to keep
+        self._masks = [self._mask(run.seen, run.num_keys) for run in self._runs if self._is_decode]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        store_kv(k, v, k_cache, v_cache, self._slots)
+        parts: list[Tensor] = []
+        for index, run in enumerate(self._runs):
+            keys = self._gather(run, k_cache, self._k_buffer)
+            values = self._gather(run, v_cache, self._v_buffer)
+            if self._is_decode:
+                mask = self._masks[index][:, None, None]
+                parts.append(self._attend(self._single, q[run.tokens], keys, values, mask))
+            else:
+                parts += self._prefill(q[run.tokens], keys, values, run.seen)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    # -- arithmetic -----------------------------------------------------------------------------------
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, seen: NDArray[np.int32]) -> Iterator[Tensor]:
+        """q: [Q, H, D] of one row, k, v: [1, KV, W, D] -> pieces of [Q, H * D].
+
+        Piece by piece, so that the first queries do not multiply with all the keys that the last ones see.
+        """
+        tile = self._many
+        first = 0
+        while first < len(q):
+            width = self._filled(seen[first])
+            tiles = -(-int((seen[first:] <= width).sum()) // tile.queries)
+            tiles = max(1, min(tiles, _MASK_ELEMENTS // (tile.rows * width)))
+            last = min(first + tiles * tile.queries, len(q))
+            width = self._filled(seen[last - 1])
+            hidden = self._mask(np.resize(seen[first:last], tiles * tile.queries), width)
+            mask = hidden.repeat_interleave(self._share, dim=0).view(tiles, 1, -1, width)
+            mask = functional.pad(mask, (0, 0, 0, tile.rows - mask.shape[2]))
+            keys, values = _repeated(tiles, k[:, :, :width], v[:, :, :width])
+            yield self._attend(tile, q[first:last], keys, values, mask)
+            first = last
+
+    def _attend(self, tile: _Tile, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """n tiles. q: [Q, H, D]; k, v: [n, KV, W, D]; mask: [n, 1, 1 or rows, W] -> [Q, H * D]."""
+        spec, tiles = self._spec, len(k)
+        missing = tiles * tile.queries - len(q)
+        queries = functional.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q
+        split = (tiles, tile.queries, spec.num_kv_heads, self._share, spec.head_dim)
+        own = queries.reshape(split).transpose(1, 2).flatten(2, 3)  # [n, KV, queries * share, D]
+        rows = q.new_zeros(tiles, spec.num_kv_heads, tile.rows, spec.head_dim)
+        rows[:, :, : own.shape[2]] = own
+        if tiles * spec.num_kv_heads == 1:
+            rows, k, v, mask = _repeated(2, rows, k, v, mask)
+        out = functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+        by_query = out[:tiles, :, : own.shape[2]].reshape(tiles, spec.num_kv_heads, tile.queries, -1)
+        return by_query.transpose(1, 2).reshape(tiles * tile.queries, -1)[: len(q)]
+
+    def _mask(self, seen: NDArray[np.int32], width: int) -> Tensor:
+        """[len(seen), width], to be added to the scores."""
+        hidden = torch.from_numpy(np.arange(width, dtype=np.int32)[None] >= seen[:, None])
+        return torch.zeros(hidden.shape, dtype=self._spec.dtype).masked_fill_(hidden, float("-inf"))
+
+    def _filled(self, num_keys: int) -> int:
+        return -(-int(num_keys) // self._key_step) * self._key_step
+
+    def _keeps_the_bits(self, tile: _Tile, key_step: int) -> bool:
+        """Whether such tiles and steps of keys give the bits of single queries and the kernel's own step."""
+        num_queries = max(4, tile.queries)
+        for context in _PROBED_CONTEXTS:
+            whole = -(-context // _KERNEL_KEYS) * _KERNEL_KEYS
+            q, k, v = self._revealing(num_queries, context, whole)
+            mask = self._mask(np.array([context], np.int32), whole)[:, None, None]
+            want = self._repeatedly(self._single, num_queries, q, k, v, mask)
+            tiles = -(-num_queries // tile.queries)
+            for width in range(-(-context // key_step) * key_step, whole + 1, key_step):
+                some = (k[:, :, :width], v[:, :, :width], mask[..., :width])
+                if not torch.equal(self._repeatedly(tile, tiles, q, *some), want):
+                    return False
+        return True
+
+    def _repeatedly(self, tile: _Tile, count: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """`_attend` with the one set of keys and the one mask for each of `count` tiles."""
+        keys, values, hidden = _repeated(count, k, v, mask)
+        return self._attend(tile, q, keys, values, hidden)
+
+    def _revealing(self, num_queries: int, context: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q: [Q, H, D] and k, v: [1, KV, width, D], zero beyond `context`, that show an order of summation.
+
+        Each value comes again with the other sign under an equal key: what is left of the sums is rounding.
+        """
+        spec, generator = self._spec, torch.Generator().manual_seed(0)
+        q = torch.randn(num_queries, spec.num_heads, spec.head_dim, generator=generator)
+        k, v = torch.randn(2, 1, spec.num_kv_heads, context // 2, spec.head_dim, generator=generator)
+        pairs = (torch.cat((k, k), dim=2), torch.cat((v, -v), dim=2))
+        keys, values = (functional.pad(x, (0, 0, 0, width - context)).to(spec.dtype) for x in pairs)
+        return q.to(spec.dtype), keys, values
+
+    # -- keys and values ------------------------------------------------------------------------------
+
+    def _decode_runs(self, batch: Batch, block_size: int) -> Iterator[_Run]:
+        contexts = batch.context_len
+        for first, last in similar_runs((-(-contexts // self._key_step)).tolist()):
+            yield self._run(batch, slice(first, last), slice(first, last), contexts[first:last], block_size)
+
+    def _prefill_runs(self, batch: Batch, block_size: int) -> Iterator[_Run]:
+        starts = batch.query_start.tolist()
+        for row, context in enumerate(batch.context_len.tolist()):
+            tokens = slice(starts[row], starts[row + 1])
+            seen = np.arange(context - (tokens.stop - tokens.start), context, dtype=np.int32) + 1
+            yield self._run(batch, slice(row, row + 1), tokens, seen, block_size)
+
+    def _run(
+        self, batch: Batch, rows: slice, tokens: slice, seen: NDArray[np.int32], block_size: int
+    ) -> _Run:
+        contexts = batch.context_len[rows]
+        num_keys = self._filled(contexts.max())
+        per_row = -(-num_keys // block_size)
+        table = np.zeros((len(contexts), per_row), np.int32)
+        known = batch.block_table[rows, :per_row]
+        table[:, : known.shape[1]] = known
+        beyond = np.arange(per_row * block_size, dtype=np.int32)[None] >= contexts[:, None]
+        padding = np.flatnonzero(beyond)
+        return _Run(tokens, torch.from_numpy(table.flatten()), torch.from_numpy(padding), num_keys, seen)
+
+    def _gather(self, run: _Run, cache: Tensor, buffer: Tensor) -> Tensor:
+        """[n, KV, W, D], in `buffer`; zero beyond each row's context, for a mask does not hide a NaN."""
+        _, block_size, *head = cache.shape
+        rows = len(run.seen) if self._is_decode else 1
+        blocks = buffer[: len(run.blocks) * block_size * head[0] * head[1]].view(
+            len(run.blocks), *cache.shape[1:]
+        )
+        torch.index_select(cache, 0, run.blocks, out=blocks)
+        blocks.flatten(0, 1).index_fill_(0, run.padding, 0)
+        return blocks.view(rows, -1, *head)[:, : run.num_keys].transpose(1, 2)
+
+    def _reserve(self, num_blocks: int, block_size: int) -> None:
+        """Room for the largest run; they come one after the other and share it."""
+        size = num_blocks * block_size * self._spec.num_kv_heads * self._spec.head_dim
+        if size > len(self._k_buffer):
+            self._k_buffer = torch.empty(size + size // 4, dtype=self._spec.dtype)
+            self._v_buffer = torch.empty(size + size // 4, dtype=self._spec.dtype)
+
+
+def _repeated(count: int, *tensors: Tensor) -> Iterator[Tensor]:
+    """Each [1, ...] as [count, ...], without a copy."""
+    return (x.expand(count, -1, -1, -1) for x in tensors)
