@@ -341,6 +341,7 @@ def _model(
         cpu_threads=values.integer(f"{RUNTIME}.cpuThreads"),
         trust_remote_code=values.flag(f"{MODEL}.trustRemoteCode"),
         ignore_eos=values.flag(f"{MODEL}.ignore_eos"),
+        batch_invariant=values.flag(f"{RUNTIME}.batchInvariant"),
         world_size=values.integer(f"{MODEL}.worldSize"),
         cpu_mem_gib=values.integer(f"{MODEL}.cpuMemSize"),
         lora=lora,

@@ -279,6 +279,7 @@ SECTIONS: tuple[Section, ...] = (
             Key("kvCacheBlockNum", "int", 0, 0, I32_MAX),
             Key("cpuThreads", "int", 0, 0, 4096),
             Key("workerInitTimeoutSec", "int", 7200, 10, 86400),
+            Key("batchInvariant", "bool", False),
             Key("stepTimeoutSec", "int", 30, 1, 3600),
             Key("gracefulStopTimeoutSec", "int", 30, 0, 600),
             Key("ipcDir", "string", "", pattern=r"[^\x00\ud800-\udfff]{0,60}",

@@ -30,6 +30,7 @@ from engine.logs.room import audit, open_logs, reset_levels, set_levels
 from engine.settings import ServerSettings
 from engine.title import hide_interpreter, set_process_name
 from engine.wire import sizes
+from engine.wire.keepsake import Keepsake
 from engine.wire.links import Control, InstanceWire
 from engine.wire.ring import create_ring
 from engine.wire.vitals import Vitals
@@ -146,6 +147,7 @@ def _supervise(
 ) -> int:
     wires = [_make_wire(settings, name, run_dir, instance) for instance in range(len(settings.device_ids))]
     specs = plan_processes(settings)
+    keepsakes = [Keepsake() for _ in wires]
     num_workers = len(specs) - 1
 
     def entry(birth: Birth, control: Control) -> int:
@@ -178,6 +180,7 @@ def _supervise(
             settings.step_timeout_s,
             control,
             birth.pulse,
+            keepsakes[spec.instance],
         )
         if settings.model.instance_type == "StandardMock":
             from worker.mock import run_mock_worker

@@ -115,6 +115,7 @@ class ModelSettings:
     ignore_eos: bool
     world_size: int
     cpu_mem_gib: int
+    batch_invariant: bool = False  # no answer depends on what else is computed, seeded or not
     lora: LoraSettings = LoraSettings()
     chat: ChatSettings = ChatSettings()
 

@@ -87,12 +87,15 @@ def split_plan(plan: StepPlan, wide_rows: int | None) -> list[StepPlan]:
     return pieces
 
 
-def split_by_arithmetic(plan: StepPlan) -> list[tuple[StepPlan, bool]]:
+def split_by_arithmetic(plan: StepPlan, *, all_invariant: bool = False) -> list[tuple[StepPlan, bool]]:
     """The plan in pieces of consecutive rows, and whether each is computed in the batch-invariant way.
 
     Prompts are cut where reproducible ones meet others, which have faster ways. A decode step stays whole:
-    most of its time goes into reading the weights, and two pieces would read them twice.
+    most of its time goes into reading the weights, and two pieces would read them twice. `all_invariant`:
+    every row is to be reproducible.
     """
+    if all_invariant:
+        return [(plan, True)]
     wanted = [sequence.params.reproducible for sequence in plan.sequences]
     if plan.kind is StepKind.DECODE or all(wanted) or not any(wanted):
         return [(plan, any(wanted))]

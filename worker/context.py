@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.settings import ModelSettings, ScheduleSettings
+from engine.wire.keepsake import Keepsake
 from engine.wire.links import Control, InstanceWire
 from engine.wire.vitals import Pulse
 
@@ -20,3 +21,4 @@ class WorkerContext:
     step_timeout_s: float  # longest time without progress, besides what the tokens of a step add
     control: Control
     pulse: Pulse
+    keepsake: Keepsake

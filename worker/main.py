@@ -33,7 +33,9 @@ def run_worker(given: WorkerContext) -> NoReturn:
         control.send(Progress(wire.instance, phase, fraction))
 
     start = time.monotonic()
-    runner = ModelRunner(given.model, given.schedule, given.device, progress, num_workers=given.num_workers)
+    runner = ModelRunner(
+        given.model, given.schedule, given.device, progress, given.num_workers, given.keepsake
+    )
     runner.load()
     vocabulary = Vocabulary(
         given.model.weight_path, given.model.trust_remote_code, runner.vocab_size, runner.eos_token_ids

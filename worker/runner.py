@@ -15,6 +15,7 @@ from engine.plan import StepKind, StepPlan, build_plan
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.settings import ModelSettings, ScheduleSettings
+from engine.wire.keepsake import Keepsake
 from worker.attention.base import AttentionBackend, AttentionSpec
 from worker.attention.registry import make_attention
 from worker.batch import make_batch, split_by_arithmetic, split_plan
@@ -44,14 +45,21 @@ class ModelRunner:
         device_id: int,
         progress: Callable[[str, float], None],
         num_workers: int = 1,
+        keepsake: Keepsake | None = None,
     ) -> None:
-        """`progress(phase, fraction)` is called while loading. `num_workers` share this machine."""
+        """`progress(phase, fraction)` is called while loading. `num_workers` share this machine.
+
+        `keepsake`: what another worker of this instance has found out about the machine, or a place for it.
+        """
         self._settings = settings
         self._schedule = schedule
         self._progress = progress
         self._num_workers = num_workers
+        self._keepsake = keepsake or Keepsake()
         self._platform = select_platform(settings.device_type)
         self._platform.set_up(device_id, num_workers, settings.cpu_threads)
+        if left := self._keepsake.read():
+            self._platform.adopt(left)
 
     def load(self) -> None:
         """Read configuration and weights; StartupError says in one line what is wrong with them.
@@ -97,6 +105,8 @@ class ModelRunner:
             self.max_seq_len,
             lambda fraction: self._progress("weights", fraction),
         )
+        if not self._keepsake.read():
+            self._keepsake.leave(self._platform.findings())
         log.info("%s, %s, weights %d MiB", self._platform.describe(), dtype, self.weight_bytes >> 20)
         self.adapters = LoraTable(
             self._model.projections, self._model.step_adapters, dtype, self._platform, self._settings.lora
@@ -169,7 +179,7 @@ class ModelRunner:
         if plan.copies:
             self._cache.copy_blocks(plan.copies)
         logits = []
-        for part, invariant in split_by_arithmetic(plan):
+        for part, invariant in split_by_arithmetic(plan, all_invariant=self._settings.batch_invariant):
             pieces = [part] if invariant else split_plan(part, self._platform.wide_rows)
             self._platform.arithmetic.invariant = invariant
             attention = self._invariant_attention if invariant else self._attention

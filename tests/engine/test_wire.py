@@ -22,6 +22,7 @@ from engine.wire import layout, sizes
 from engine.wire import messages as m
 from engine.wire.channel import Channel, ControlHub
 from engine.wire.codec import WireError, decode, encode
+from engine.wire.keepsake import Keepsake
 from engine.wire.ring import RingError, RingReader, RingWriter, create_ring
 from engine.wire.vitals import Vitals
 
@@ -172,6 +173,17 @@ def test_how_full_a_ring_is_can_be_told_at_both_ends_without_a_trace() -> None:
         reader.release()
         assert (writer.num_used, reader.num_used) == (used, used)
         reader.take()
+
+
+def test_what_one_worker_leaves_the_next_one_reads() -> None:
+    keepsake = Keepsake()
+    assert keepsake.read() == b""
+    pid = os.fork()
+    if pid == 0:
+        keepsake.leave(b'{"torch.bfloat16": [true, false]}')
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert keepsake.read() == b'{"torch.bfloat16": [true, false]}'
 
 
 def test_a_ring_crosses_a_fork_and_leaves_nothing_in_shm() -> None:

@@ -104,7 +104,7 @@ class InvariantLinear:
         step: StepArithmetic,
     ) -> None:
         """`sizes`: rising, of worker/platforms/row_sizes.py."""
-        self._fast = fast
+        self.fast = fast
         self._narrow = narrow
         self._sizes = sizes
         self._step = step
@@ -112,7 +112,7 @@ class InvariantLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]."""
         if not self._step.invariant:
-            return self._fast(x)
+            return self.fast(x)
         largest = self._sizes[-1]
         if len(x) <= largest:
             return self._tile(x)

@@ -42,5 +42,11 @@ class Platform(Protocol):
     def wide_rows(self) -> int | None:
         """Rows from which the linear layers made so far compute in another arithmetic; None: never."""
 
+    def findings(self) -> bytes:
+        """What was chosen by measuring, for `adopt` of another process on the same machine."""
+
+    def adopt(self, findings: bytes) -> None:
+        """Choose as another process has; before any layer is packed."""
+
     def describe(self) -> str:
         """One line for the log: what the start-up probe chose."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -74,6 +76,14 @@ class CpuPlatform:
     @property
     def wide_rows(self) -> int | None:
         return UpcastingLinear.MIN_ROWS if any(chosen.upcast for chosen in self._kernels.values()) else None
+
+    def findings(self) -> bytes:
+        return json.dumps({str(dtype): astuple(chosen) for dtype, chosen in self._kernels.items()}).encode()
+
+    def adopt(self, findings: bytes) -> None:
+        chosen = json.loads(findings)
+        dtypes = {str(dtype): dtype for dtype in _DTYPES.values()}
+        self._kernels = {dtypes[name]: LinearKernels(*kernels) for name, kernels in chosen.items()}
 
     def describe(self) -> str:
         kernels = "; ".join(f"{str(dtype)[6:]} linears {chosen}" for dtype, chosen in self._kernels.items())
