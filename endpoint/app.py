@@ -12,7 +12,7 @@ from aiohttp import web
 from endpoint import http_errors, metadata, models_api
 from endpoint.audit import audit_request
 from endpoint.generation_stream import GenerationStream
-from endpoint.http_protocol import make_canonical
+from endpoint.http_protocol import bound_backlog, make_canonical
 from endpoint.json_body import parse_body
 from endpoint.management import ManagementPlane
 from endpoint.metadata import SERVER_NAME
@@ -180,6 +180,7 @@ async def _answer(
             await response.write(frame)
         await response.write_eof()
         return response
+    bound_backlog(http, stream)
     try:
         async for step in stream:
             if not response.prepared:  # not before the first token: until then an error is plain JSON
