@@ -1,4 +1,4 @@
-"""Connections, handshakes and certificates in the exposition."""
+"""Connections and handshakes in the exposition."""
 
 from __future__ import annotations
 
@@ -44,12 +44,6 @@ class ConnectionMetrics:
             "tls_handshakes_failed", "TLS handshakes that failed", ["model_name", "plane", "cause"],
             registry=registry,
         )  # fmt: skip
-        self._expiry = Gauge(
-            "tls_certificate_expiry_timestamp_seconds",
-            "when the listener's certificate ends, in Unix time",
-            ["model_name", "plane"],
-            registry=registry,
-        )
 
     def watch(self, plane: str, limit: int, connections: Sized) -> None:
         """`connections`: counted whenever somebody asks."""
@@ -61,6 +55,3 @@ class ConnectionMetrics:
 
     def handshake_failed(self, plane: str, cause: Failure) -> None:
         self._failed.labels(self._model, plane, cause).inc()
-
-    def certificate_ends(self, plane: str, timestamp: float) -> None:
-        self._expiry.labels(self._model, plane).set(timestamp)

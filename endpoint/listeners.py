@@ -50,7 +50,6 @@ class Listeners:
         tls = LiveTls(listener.planes[0], listener.tls) if listener.tls is not None else None
         if tls is not None:
             self._tls[plane] = tls
-            self._tell_expiry()
         runner = AppRunner(
             self._make_app(listener, tls),
             access_log=None,
@@ -91,7 +90,6 @@ class Listeners:
                 polled = time.monotonic()
                 for tls in list(self._tls.values()):
                     await asyncio.to_thread(tls.poll)
-                self._tell_expiry()
 
     async def reload_certificates(self) -> list[str]:
         """Read all certificates, keys and revocation lists again, changed or not. Returns warnings.
@@ -101,7 +99,6 @@ class Listeners:
         read = [(tls, await asyncio.to_thread(tls.read)) for tls in self._tls.values()]
         for tls, material in read:
             tls.take(material)
-        self._tell_expiry()
         return [warning for _, material in read for warning in material.warnings]
 
     async def close(self) -> None:
@@ -109,10 +106,6 @@ class Listeners:
         for acceptor in self._acceptors:
             acceptor.close()
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
-
-    def _tell_expiry(self) -> None:
-        for plane, tls in self._tls.items():
-            self._metrics.certificate_ends(plane, tls.material.expiry)
 
     def _warn_of_descriptors(self) -> None:
         wanted, most = self._settings.max_connections, most_connections()

@@ -48,6 +48,10 @@ class LiveTls:
         # by warning, when it was last told; the parent has told those of the start
         self._reminded = dict.fromkeys(self._remarks(), now())
 
+    def days_left(self) -> float:
+        """Until the server's certificate expires; negative when it has."""
+        return (self.material.expiry - time.time()) / 86_400
+
     def read(self) -> Material:
         """All files as they are now, for `take`. Raises StartupError (EXIT_TLS) when one is unusable."""
         stamp = _stamp(self._files)  # before reading: what changes meanwhile is seen by the next poll

@@ -21,6 +21,7 @@ from endpoint.adapters import AdapterRegistry
 from endpoint.app import BusinessPlane, make_app
 from endpoint.checker import Checker, utilisation_of
 from endpoint.context import EndpointContext
+from endpoint.control_guard import ControlGuard
 from endpoint.engine_client import EngineClient
 from endpoint.grammars import GrammarChecker
 from endpoint.listeners import Listeners
@@ -222,9 +223,14 @@ class _Endpoint:
         )
 
     def _make_app(self, listener: Listener, tls: LiveTls | None) -> web.Application:
-        return make_app(
-            listener.planes, self._business, self._management, self._metrics, self._given.settings
+        settings = self._given.settings
+        guard = ControlGuard(
+            (lambda: tls.material.names) if tls is not None else frozenset, settings.connections.allowed_hosts
         )
+        if tls is not None:
+            for plane in listener.planes:
+                self._metrics.watch_certificate(plane, tls.days_left)
+        return make_app(listener.planes, self._business, self._management, self._metrics, settings, guard)
 
     # -- from the parent ----------------------------------------------------------------------------
 
