@@ -39,6 +39,7 @@ from endpoint.tls import check_listeners
 from engine.errors import StartupError
 from engine.settings import (
     ChatSettings,
+    ConnectionSettings,
     EndpointSettings,
     Listener,
     LogSettings,
@@ -268,6 +269,19 @@ def _endpoint(
         tokenizer_threads=values.integer(f"{BACKEND}.tokenizerProcessNumber"),
         metrics_enabled=metrics_enabled(environ, report),
         npu_usage_threshold=values.integer(f"{HEALTH}.npuUsageThreshold"),
+        connections=_connections(values),
+    )
+
+
+def _connections(values: Values) -> ConnectionSettings:
+    return ConnectionSettings(
+        max_connections=values.integer(f"{RUNTIME}.maxConnections"),
+        handshake_timeout_s=values.integer(f"{RUNTIME}.handshakeTimeoutSec"),
+        head_timeout_s=values.integer(f"{RUNTIME}.headTimeoutSec"),
+        body_timeout_s=values.integer(f"{RUNTIME}.bodyTimeoutSec"),
+        keep_alive_s=values.integer(f"{RUNTIME}.keepAliveSec"),
+        write_stall_s=values.integer(f"{RUNTIME}.writeStallSec"),
+        allowed_hosts=tuple(values.raw(f"{RUNTIME}.allowedHosts")),
     )
 
 

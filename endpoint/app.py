@@ -11,8 +11,9 @@ from aiohttp import web
 
 from endpoint import http_errors, metadata, models_api
 from endpoint.audit import audit_request
+from endpoint.control_guard import ControlGuard
 from endpoint.generation_stream import GenerationStream
-from endpoint.http_protocol import make_canonical
+from endpoint.http_protocol import bound_backlog, make_canonical
 from endpoint.json_body import parse_body
 from endpoint.management import ManagementPlane
 from endpoint.metadata import SERVER_NAME
@@ -180,6 +181,7 @@ async def _answer(
             await response.write(frame)
         await response.write_eof()
         return response
+    bound_backlog(http, stream)
     try:
         async for step in stream:
             if not response.prepared:  # not before the first token: until then an error is plain JSON
@@ -278,13 +280,15 @@ def make_app(
     management: ManagementPlane,
     metrics: Metrics,
     settings: EndpointSettings,
+    guard: ControlGuard | None = None,
 ) -> web.Application:
+    """`guard`: of the listener; without one, control routes know the listener by its address alone."""
     app = web.Application(middlewares=[_errors], client_max_size=settings.max_request_bytes)
     app.on_response_prepare.append(_name_response)
     if "business" in planes:
         app.add_routes(business.routes())
     if "management" in planes:
-        app.add_routes(management.routes())
+        app.add_routes((guard or ControlGuard()).protect(management.routes()))
     if "metrics" in planes:
         app.add_routes([web.get("/metrics", _metrics_handler(metrics, settings.metrics_enabled))])
     return app

@@ -22,7 +22,6 @@ BoundName = Literal[
     "prompt_ring",
     "requests_running",
     "requests_waiting",
-    "tls_handshakes",
     "token_ring",
     "tokenizer_queue",
     "waiting_tokens",

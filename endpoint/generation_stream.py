@@ -147,6 +147,10 @@ class GenerationStream:
         )
         return _Choice(index, detokenizer, self.flight.arrival, request.sampling.logprobs >= 0)
 
+    def unread_bytes(self) -> int:
+        """About what has come from the engine and was not iterated over yet."""
+        return self.flight.unread_bytes
+
     async def __aiter__(self) -> AsyncIterator[TokenStep]:
         whole, left, generated = self.context.full_text_frames, len(self._choices), 0
         while left:

@@ -6,6 +6,7 @@ from endpoint import sse
 from engine.errors import (
     BodyTooLarge,
     EngineFailed,
+    ForeignOrigin,
     GenerationRefused,
     GrammarFailed,
     InvalidRequest,
@@ -15,6 +16,7 @@ from engine.errors import (
     RequestTimeout,
     ServerError,
     ServiceUnavailable,
+    SlowRequest,
     WrongState,
 )
 
@@ -32,6 +34,8 @@ STATUS: dict[type[ServerError], tuple[int, str]] = {
     ServiceUnavailable: (503, "Service Unavailable"),
     WrongState: (400, "Bad Request"),
     MalformedRequest: (400, "Bad Request"),
+    ForeignOrigin: (403, "Forbidden"),
+    SlowRequest: (408, "Request Timeout"),
 }
 
 _INTERNAL = (
@@ -80,6 +84,8 @@ def error_headers(error: BaseException) -> dict[str, str]:
         return {"Allow": ", ".join(error.allowed)}
     if isinstance(error, ServiceUnavailable) and error.retry_after_s is not None:
         return {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, SlowRequest):
+        return {"Connection": "close"}  # where the next request would begin is not known
     return {}
 
 

@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import signal
-import socket
-import ssl
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,22 +21,23 @@ from endpoint.adapters import AdapterRegistry
 from endpoint.app import BusinessPlane, make_app
 from endpoint.checker import Checker, utilisation_of
 from endpoint.context import EndpointContext
+from endpoint.control_guard import ControlGuard
 from endpoint.engine_client import EngineClient
 from endpoint.grammars import GrammarChecker
-from endpoint.http_protocol import AppRunner
+from endpoint.listeners import Listeners
+from endpoint.live_tls import LiveTls
 from endpoint.management import ManagementPlane
 from endpoint.metadata import Occupancy
 from endpoint.metrics import Metrics
 from endpoint.protocols.base import ChatFormat, ModelInfo
 from endpoint.protocols.registry import load_adapters
 from endpoint.service import GenerationService
-from endpoint.tls import load_material, make_server_context
 from endpoint.tokenizer import TokenizerPool
 from endpoint.tools.registry import FORMATS, detect
 from endpoint.trial import Trials
 from engine.errors import EXIT_INIT, StartupError
 from engine.logs.room import audit
-from engine.settings import ChatSettings, Listener, TlsFiles
+from engine.settings import ChatSettings, Listener
 from engine.wire.messages import (
     Drain,
     InstanceDown,
@@ -55,13 +54,10 @@ from engine.wire.messages import (
 log = logging.getLogger("server.endpoint")
 
 _FIRST = asyncio.FIRST_COMPLETED
-_KEEP_ALIVE_S = 75.0
 _WINDOW = 1000
 _FORCED_STOP_S = 5.0  # of /stopService?mode=Force
 _ANSWER_S = 0.1
 _BEATS = 4  # signs of life within the time limit
-_BACKLOG = 1024
-_ACCEPTS_PER_TURN = 16
 
 
 def _without_client_bytes(record: logging.LogRecord) -> bool:
@@ -94,8 +90,7 @@ class _Endpoint:
         self._health = self._management.health
         self._health.expect(wire.instance for wire in given.wires)
         self._started = int(time.time())
-        self._runners: list[web.AppRunner] = []
-        self._secured: list[tuple[ssl.SSLContext, TlsFiles]] = []
+        self._listeners = Listeners(given.settings, self._make_app, self._metrics.connections)
 
     async def run(self) -> None:
         given = self._given
@@ -114,10 +109,11 @@ class _Endpoint:
         beat = asyncio.create_task(self._show_life())
 
         # Health answers while the model loads; a listener for inference alone refuses until it is ready.
+        listening = asyncio.create_task(self._listeners.watch())
         listeners = list(zip(given.settings.listeners, given.sockets, strict=True))
         for listener, sock in listeners:
             if "management" in listener.planes:
-                await self._listen(listener, sock)
+                await self._listeners.open(listener, sock)
         self._hear_parent()  # what came before the reader was installed gives no edge
         service = await self._unless_stopped(self._make_service())
         if service is not None:
@@ -126,9 +122,10 @@ class _Endpoint:
             self._management.stop = partial(self._stop_over_http, service)
             for listener, sock in listeners:
                 if "management" not in listener.planes:
-                    await self._listen(listener, sock)
+                    await self._listeners.open(listener, sock)
             service.register_bounds(self._metrics.bounds)
             self._adapters.register_bounds(self._metrics.bounds)
+            self._listeners.register_bounds(self._metrics.bounds)
             service.is_paused = self._health.is_paused
             background = [asyncio.create_task(service.watch_deadlines())]
             if given.settings.npu_usage_threshold:
@@ -137,7 +134,7 @@ class _Endpoint:
             self._health.opened()
             self._tell_parent(Ready(f"{len(listeners)} listeners open"))
             # none of these ends but by a failure, which must end the process
-            failures: set[asyncio.Future[Any]] = {*background, self._engine.failure, beat}
+            failures: set[asyncio.Future[Any]] = {*background, listening, self._engine.failure, beat}
             await asyncio.wait({self._drain, *failures}, return_when=_FIRST)
             for failure in failures:
                 if failure.done():
@@ -150,7 +147,8 @@ class _Endpoint:
                 task.cancel()
             await self._grammars.close()
         beat.cancel()
-        await asyncio.gather(*(runner.cleanup() for runner in self._runners))
+        listening.cancel()
+        await self._listeners.close()
 
     async def _show_life(self) -> None:
         """Runs for ever: a loop that is stuck is an endpoint to be replaced."""
@@ -224,27 +222,15 @@ class _Endpoint:
             self._grammars,
         )
 
-    async def _listen(self, listener: Listener, sock: socket.socket) -> None:
-        app = make_app(listener.planes, self._business, self._management, self._metrics, self._given.settings)
-        runner = AppRunner(
-            app,
-            access_log=None,
-            logger=_http_log,
-            handler_cancellation=True,  # a client that hangs up must not keep generating
-            keepalive_timeout=_KEEP_ALIVE_S,
-            shutdown_timeout=1.0,
+    def _make_app(self, listener: Listener, tls: LiveTls | None) -> web.Application:
+        settings = self._given.settings
+        guard = ControlGuard(
+            (lambda: tls.material.names) if tls is not None else frozenset, settings.connections.allowed_hosts
         )
-        await runner.setup()
-        # Bound without it, so that a second daemon fails early; needed now, so that connections in
-        # TIME_WAIT do not keep the next daemon from binding.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        tls = make_server_context(listener.tls) if listener.tls is not None else None
-        if tls is not None and listener.tls is not None:
-            self._secured.append((tls, listener.tls))
-        # asyncio tries so many accepts in a row, and out of descriptors it logs each: a few are enough
-        await web.SockSite(runner, sock, ssl_context=tls, backlog=_ACCEPTS_PER_TURN).start()
-        sock.listen(_BACKLOG)
-        self._runners.append(runner)
+        if tls is not None:
+            for plane in listener.planes:
+                self._metrics.watch_certificate(plane, tls.days_left)
+        return make_app(listener.planes, self._business, self._management, self._metrics, settings, guard)
 
     # -- from the parent ----------------------------------------------------------------------------
 
@@ -294,17 +280,14 @@ class _Endpoint:
         if self._business.service is not None:
             self._business.service.reconfigure(settings)
         if wanted.reload_certificates:
-            self._reload_certificates()
+            self._reloading = asyncio.create_task(self._reload_certificates())
 
-    def _reload_certificates(self) -> None:
+    async def _reload_certificates(self) -> None:
         """New connections get the new material; the parent has looked at it already."""
-        for context, files in self._secured:
-            try:
-                load_material(context, files)
-            except (OSError, ValueError) as error:  # it changed again since
-                log.warning("%s could not be read again: %s", files.cert_file, error)
-            else:
-                log.info("%s and its revocation lists read again", files.cert_file)
+        try:
+            await self._listeners.reload_certificates()
+        except StartupError as error:  # it changed again since
+            log.warning("certificates stay as they were: %s", error)
 
     def _stop_within(self, deadline_s: float) -> None:
         if not self._drain.done():

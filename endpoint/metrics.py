@@ -16,6 +16,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from endpoint.bounds import Bounds
+from endpoint.connection_metrics import ConnectionMetrics
 from endpoint.metadata import Occupancy
 from engine.settings import Plane
 
@@ -70,6 +71,7 @@ class Metrics:
         self._model = model_name
         self.bounds = Bounds()
         self._registry.register(_BoundCollector(self.bounds, model_name))
+        self.connections = ConnectionMetrics(self._registry, model_name)
         self._received = self._counter("request_received", "inference requests that arrived")
         self._success = self._counter("request_success", "requests that finished well")
         self._failed = self._counter("request_failed", "requests refused or failed")

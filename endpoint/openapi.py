@@ -14,8 +14,10 @@ from engine.settings import Listener, Plane
 
 ERROR_MEANINGS: dict[int, str] = {
     400: "not possible in the present state of the server",
+    403: "a control request from a page of another origin, or under a host name that is not this server's",
     404: "no such model, request or path",
     405: "the path does not take this method",
+    408: "the head or the body did not arrive in time",
     413: "the body is larger than maxRequestLength of the configuration",
     422: "not JSON; a field missing, of the wrong type or out of range; fields that exclude each other",
     424: "well formed, but refused by the engine: prompt too long, token id outside the vocabulary",

@@ -54,7 +54,7 @@ def _errors(*statuses: int) -> dict[int, str | None]:
     return dict.fromkeys(statuses, "Error")
 
 
-_GENERATION_ERRORS = (413, 422, 424, 500, 503)
+_GENERATION_ERRORS = (408, 413, 422, 424, 500, 503)
 
 
 def _camel(name: str) -> str:
@@ -106,7 +106,7 @@ def _post(
     path: str, plane: Plane, family: str, name: str, body: RequestBody, answer: str, *errors: int
 ) -> Operation:
     """`name`: of the body's schema."""
-    every = sorted({*errors, 413, 422, 500, 503})
+    every = sorted({*errors, 408, 413, 422, 500, 503})
     return Operation(
         "post", path, plane, family, body.meaning, {JSON: (answer,)}, _errors(*every), {name: body}
     )
@@ -154,8 +154,8 @@ FIXED: tuple[Operation, ...] = (
     ),
     _post(FAULT_PATH, "management", "Cluster", "FaultHandlingRequest", FAULT_BODY, "FaultHandling", 400),
     _get("/metrics-json", "management", "MindIE", "Averages, and the load now.", "MetricsVector"),
-    _post(LOAD_PATH, "management", "MindIE", "LoadLoraRequest", LOAD_BODY, "Message", 400),
-    _post(UNLOAD_PATH, "management", "MindIE", "UnloadLoraRequest", UNLOAD_BODY, "Message", 400, 404),
+    _post(LOAD_PATH, "management", "MindIE", "LoadLoraRequest", LOAD_BODY, "Message", 400, 403),
+    _post(UNLOAD_PATH, "management", "MindIE", "UnloadLoraRequest", UNLOAD_BODY, "Message", 400, 403, 404),
     _get("/openapi.json", "management", "Documents", "This interface in OpenAPI 3.1.", "Object"),
     replace(
         _get("/docs", "management", "Documents", "This interface as a page to read."),
@@ -172,6 +172,7 @@ FIXED: tuple[Operation, ...] = (
             "Stopping",
             "Refuses new requests, waits for the others, answers, and ends the whole service.",
             "",
+            403,
             422,
             500,
         ),

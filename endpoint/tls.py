@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import getpass
+import os
 import ssl
 import sys
 from collections.abc import Callable
@@ -30,6 +31,8 @@ EXPIRY_WARNING = timedelta(days=30)
 
 # What the keys of a plane's certificate set begin with.
 KEY_PREFIX: dict[Plane, str] = {"business": "tls", "management": "managementTls", "metrics": "metricsTls"}
+
+_PARENT = os.getpid()  # of the process that imports this first: the parent
 
 _Loaded = TypeVar("_Loaded")
 
@@ -81,8 +84,13 @@ def make_server_context(files: TlsFiles) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_REQUIRED
     context.set_alpn_protocols(["http/1.1"])
     try:
-        load_material(context, files)
+        # A password callback, even for plain keys: without one OpenSSL would prompt by itself.
+        context.load_cert_chain(files.cert_file, files.key_file, lambda: _password(files))
+        for ca_file in files.ca_files:
+            context.load_verify_locations(ca_file)
         if files.crl_files:
+            for crl_file in files.crl_files:
+                context.load_verify_locations(crl_file)
             context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_CHAIN
             # A resumed session is not verified again, so a ticket would outlive its client's revocation.
             context.num_tickets = 0
@@ -93,22 +101,28 @@ def make_server_context(files: TlsFiles) -> ssl.SSLContext:
     return context
 
 
-def load_material(context: ssl.SSLContext, files: TlsFiles) -> None:
-    """Certificate, key, authorities and revocation lists: at the start, or again after they changed.
+def certificate_names(path: Path) -> frozenset[str]:
+    """DNS names and addresses the certificate speaks for, in lower case. Raises StartupError (EXIT_TLS)."""
+    try:
+        names = _read_leaf(path).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return frozenset()
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise StartupError(f"[tls] {path}: its names cannot be read: {_reason(error)}", EXIT_TLS) from error
+    addresses = map(str, names.get_values_for_type(x509.IPAddress))
+    return frozenset([*map(str.lower, names.get_values_for_type(x509.DNSName)), *addresses])
 
-    Authorities are only ever added. Raises OSError or ValueError.
-    """
-    # A password callback, even for plain keys: without one OpenSSL would prompt by itself.
-    context.load_cert_chain(files.cert_file, files.key_file, lambda: _password(files))
-    for ca_file in files.ca_files:
-        context.load_verify_locations(ca_file)
-    load_crls(context, files)
+
+def expiry(path: Path) -> float:
+    """When the certificate ends, in Unix time. Raises StartupError (EXIT_TLS)."""
+    return _read_leaf(path).not_valid_after_utc.timestamp()
 
 
-def load_crls(context: ssl.SSLContext, files: TlsFiles) -> None:
-    """Add the revocation lists, at start or again after they changed; of two from one CA the newer counts."""
-    for crl_file in files.crl_files:
-        context.load_verify_locations(crl_file)
+def _read_leaf(path: Path) -> x509.Certificate:
+    try:
+        return _leaf(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise StartupError(f"[tls] {path}: cannot be read: {_reason(error)}", EXIT_TLS) from error
 
 
 class _Inspection:
@@ -221,7 +235,7 @@ def _password(files: TlsFiles) -> bytes:
         lines = files.key_password_file.read_bytes().splitlines()
         password, source = lines[0] if lines else b"", str(files.key_password_file)
     elif sys.stdin is not None and sys.stdin.isatty():
-        password, source = _ask_password(files.key_file), "the answer"
+        password, source = _ask_password(files.key_file), "the answer on the terminal"
     else:
         cause = "is encrypted and no password file is named"
         raise StartupError(f"{files.key_file}: {cause}; set the ...PkPwd key", EXIT_TLS)
@@ -233,7 +247,12 @@ def _password(files: TlsFiles) -> bytes:
 
 @functools.cache
 def _ask_password(key_file: Path) -> bytes:
-    """Asked in the parent before it forks; the children inherit the answer with the cache."""
+    """Asked in the parent before it forks; the children inherit the answer with the cache.
+
+    A child that finds a newly encrypted key has nobody to ask.
+    """
+    if os.getpid() != _PARENT:
+        return b""
     try:
         return getpass.getpass(f"Password of {key_file}: ").encode()
     except EOFError:

@@ -95,6 +95,20 @@ class MalformedRequest(ServerError):
     number = 12
 
 
+class SlowRequest(ServerError):
+    """The request did not arrive in time; nothing was done about it."""
+
+    code = "slow_request"
+    number = 20
+
+
+class ForeignOrigin(ServerError):
+    """A control request that a page of another origin made a browser send, or whose Host is not ours."""
+
+    code = "foreign_origin"
+    number = 21
+
+
 class StartupError(Exception):
     """The service cannot start. One clear line, and the exit code of operations.md section 1."""
 

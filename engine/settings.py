@@ -35,6 +35,19 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionSettings:
+    """What one connection may take, and how long. All seconds are on the monotonic clock."""
+
+    max_connections: int = 0  # over all planes; 0: min(10000, 80 % of the descriptors)
+    handshake_timeout_s: int = 10  # TLS, from accept
+    head_timeout_s: int = 10  # from the connection, or from a request's first byte, to the end of its head
+    body_timeout_s: int = 60  # from the end of the head to the end of the body
+    keep_alive_s: int = 75  # from an answer's end to the first byte of the next request
+    write_stall_s: int = 60  # while the client accepts no byte
+    allowed_hosts: tuple[str, ...] = ()  # names of a reverse proxy, for control routes
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointSettings:
     listeners: tuple[Listener, ...]
     max_link_num: int  # requests served at once; twice as many may wait
@@ -47,6 +60,7 @@ class EndpointSettings:
     tokenizer_threads: int
     metrics_enabled: bool
     npu_usage_threshold: int = 0  # per cent: a device so busy may miss a health check's token; 0: no checks
+    connections: ConnectionSettings = ConnectionSettings()
 
 
 @dataclass(frozen=True, slots=True)

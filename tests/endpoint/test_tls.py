@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from endpoint import tls
-from endpoint.tls import check_listeners, check_material, load_crls, make_server_context
+from endpoint.live_tls import LiveTls
+from endpoint.tls import check_listeners, check_material, make_server_context
 from engine.errors import EXIT_TLS, StartupError
 from engine.settings import Listener, TlsFiles
 
@@ -183,16 +184,6 @@ def test_revoked_client_is_refused_and_the_others_are_not(material: Material) ->
     with pytest.raises(ssl.SSLCertVerificationError, match="revoked"):
         handshake(server, material.client("bob"))
     handshake(make_server_context(replace(material.files, crl_files=())), material.client("bob"))
-
-
-def test_reloaded_list_counts_without_a_new_context(material: Material) -> None:
-    server = make_server_context(material.files)
-    client = material.client()
-    handshake(server, client)
-    _revoke(material, "client")
-    load_crls(server, material.files)
-    with pytest.raises(ssl.SSLCertVerificationError, match="revoked"):
-        handshake(server, client)
 
 
 def test_no_session_tickets_where_revocation_is_checked(material: Material) -> None:
@@ -372,3 +363,111 @@ def test_all_planes_are_judged_in_one_go(material: Material) -> None:
     assert first.startswith("[tls] ServerConfig.tlsCert=") and "expired" in first
     assert second.startswith("[tls] ServerConfig.managementTlsCert=") and "nowhere.pem" in second
     assert check_listeners((Listener(("business",), "127.0.0.1", 1, None),)) == []
+
+
+# --- files that change while they are in use ---
+
+_HOUR_S = 3600.0
+
+
+class _Clock:
+    """Monotonic seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 1e6
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_F22_a_changed_list_counts_from_the_next_handshake(material: Material) -> None:
+    live, client = LiveTls("business", material.files), material.client()
+    before = live.material.context
+    live.poll()
+    assert live.material.context is before
+    _revoke(material, "client")
+    live.poll()
+    handshake(before, client)  # one that has begun goes on with what it began with
+    with pytest.raises(ssl.SSLCertVerificationError, match="revoked"):
+        handshake(live.material.context, client)
+
+
+def test_F22_a_new_certificate_comes_with_its_key(
+    material: Material, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In two steps, as by hand: in between the files do not fit, and the old pair stays."""
+    live = LiveTls("business", material.files)
+    before = live.material
+    key = rsa.generate_private_key(65537, make_certs.RSA_BITS)
+    builder = make_certs._builder(
+        make_certs._name("new"), material.authority.certificate.subject, key, 40
+    ).add_extension(x509.SubjectAlternativeName([x509.DNSName("New.example")]), critical=False)
+    certificate = builder.sign(material.authority.key, make_certs.hashes.SHA256())
+    material.put("certs/server.pem", certificate.public_bytes(Encoding.PEM))
+    for _ in range(3):
+        live.poll()
+    assert live.material is before
+    assert caplog.text.count("certificates stay as they were") == 1
+    material.put("keys/server.key.pem", make_certs._key_pem(key))
+    live.poll()
+    assert live.material.names == {"new.example"}
+    assert live.material.expiry == certificate.not_valid_after_utc.timestamp()
+    handshake(live.material.context, material.client(), "new.example")
+
+
+@pytest.mark.parametrize("slot", ["cert_file", "key_file", "ca_files", "crl_files"])
+def test_F22_a_file_that_is_gone_or_broken_changes_nothing(
+    material: Material, caplog: pytest.LogCaptureFixture, slot: str
+) -> None:
+    live = LiveTls("business", material.files)
+    value = getattr(material.files, slot)
+    path = value[0] if isinstance(value, tuple) else value
+    good, before = path.read_bytes(), live.material
+    for content in (b"broken", None):
+        caplog.clear()
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        live.poll()
+        live.poll()
+        assert caplog.text.count(str(path)) == 1
+        with pytest.raises(StartupError):
+            live.read()
+        assert live.material is before
+    path.write_bytes(good)
+    live.poll()
+    assert live.material is not before
+    handshake(live.material.context, material.client())
+
+
+def test_F22_what_will_expire_is_told_once_a_day(
+    material: Material, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = _Clock()
+    live = LiveTls("business", material.issue_server(days=29), clock)
+    told = []
+    for _ in range(9):  # the start has been told by the parent
+        clock.seconds += 6 * _HOUR_S
+        live.poll()
+        told.append(caplog.text.count("expires on"))
+    assert told == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+
+
+def test_F22_an_endpoint_that_takes_over_serves_an_expired_certificate(material: Material) -> None:
+    """It was good when the service started; clients decide."""
+    files = material.issue_server(days=0)
+    live = LiveTls("business", files)
+    assert live.material.expiry
+    with pytest.raises(StartupError, match="expired"):
+        live.read()
+
+
+def test_a_child_asks_nobody_for_a_password(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: pytest.fail("asked"))
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr(tls, "_PARENT", 1)
+    tls._ask_password.cache_clear()
+    with pytest.raises(StartupError, match="is encrypted and"):
+        check_material("business", material.encrypt_key(b"typed"))
+    tls._ask_password.cache_clear()
