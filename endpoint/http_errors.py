@@ -12,9 +12,11 @@ from engine.errors import (
     MalformedRequest,
     MethodNotAllowed,
     NotFound,
+    QuotaExceeded,
     RequestTimeout,
     ServerError,
     ServiceUnavailable,
+    Unauthorized,
     WrongState,
 )
 
@@ -32,6 +34,8 @@ STATUS: dict[type[ServerError], tuple[int, str]] = {
     ServiceUnavailable: (503, "Service Unavailable"),
     WrongState: (400, "Bad Request"),
     MalformedRequest: (400, "Bad Request"),
+    Unauthorized: (401, "Unauthorized"),
+    QuotaExceeded: (429, "Too Many Requests"),
 }
 
 _INTERNAL = (
@@ -78,7 +82,9 @@ def error_headers(error: BaseException) -> dict[str, str]:
     """Headers the status asks for, besides those of every JSON answer."""
     if isinstance(error, MethodNotAllowed):
         return {"Allow": ", ".join(error.allowed)}
-    if isinstance(error, ServiceUnavailable) and error.retry_after_s is not None:
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, ServiceUnavailable | QuotaExceeded) and error.retry_after_s is not None:
         return {"Retry-After": str(error.retry_after_s)}
     return {}
 

@@ -20,6 +20,7 @@ from typing import Any
 from aiohttp import web
 
 from endpoint.adapters import AdapterRegistry
+from endpoint.api_keys import ApiKeys
 from endpoint.app import BusinessPlane, make_app
 from endpoint.checker import Checker, utilisation_of
 from endpoint.context import EndpointContext
@@ -93,6 +94,7 @@ class _Endpoint:
         self._management = ManagementPlane(given.settings, given.schedule, given.model, self._metrics)
         self._health = self._management.health
         self._health.expect(wire.instance for wire in given.wires)
+        self._keys = ApiKeys(given.settings.api_keys)
         self._started = int(time.time())
         self._runners: list[web.AppRunner] = []
         self._secured: list[tuple[ssl.SSLContext, TlsFiles]] = []
@@ -225,7 +227,14 @@ class _Endpoint:
         )
 
     async def _listen(self, listener: Listener, sock: socket.socket) -> None:
-        app = make_app(listener.planes, self._business, self._management, self._metrics, self._given.settings)
+        app = make_app(
+            listener.planes,
+            self._business,
+            self._management,
+            self._metrics,
+            self._given.settings,
+            self._keys,
+        )
         runner = AppRunner(
             app,
             access_log=None,
