@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from daemon.config_api_keys import read_api_keys
 from daemon.config_environment import (
     apply_overrides,
     check_environment,
@@ -38,6 +39,7 @@ from daemon.log_settings import DEFAULT_LOG, read_log_settings
 from endpoint.tls import check_listeners
 from engine.errors import StartupError
 from engine.settings import (
+    ApiKeySettings,
     ChatSettings,
     ConnectionSettings,
     EndpointSettings,
@@ -98,6 +100,7 @@ def load_config(
         weight_path = find_model(root, values, permissions, report)
         lora = find_adapters(root, weight_path, values, permissions, report)
     chat = find_chat_settings(root, values, permissions, report)
+    api_keys = read_api_keys(values, report)
     log, log_warnings = read_log_settings(document.get("LogConfig"), last_log)
     report.warnings += log_warnings
     _remark(document, values, listeners, report)
@@ -111,7 +114,7 @@ def load_config(
     settings = ServerSettings(
         root=root,
         config_file=path,
-        endpoint=_endpoint(values, listeners, environ, report),
+        endpoint=_endpoint(values, listeners, api_keys, environ, report),
         schedule=_schedule(values, report),
         model=_model(values, weight_path, fraction, lora, chat),
         log=log,
@@ -252,7 +255,11 @@ def _remark(
 
 
 def _endpoint(
-    values: Values, listeners: tuple[Listener, ...], environ: Mapping[str, str], report: Report
+    values: Values,
+    listeners: tuple[Listener, ...],
+    api_keys: tuple[ApiKeySettings, ...],
+    environ: Mapping[str, str],
+    report: Report,
 ) -> EndpointSettings:
     token_timeout, e2e_timeout = effective_timeouts(values)
     if values.flag(_RAISE_TIMEOUTS):
@@ -270,6 +277,8 @@ def _endpoint(
         metrics_enabled=metrics_enabled(environ, report),
         npu_usage_threshold=values.integer(f"{HEALTH}.npuUsageThreshold"),
         connections=_connections(values),
+        api_keys=api_keys,
+        max_waiting_tokens=values.integer(f"{RUNTIME}.maxWaitingTokens"),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from daemon.config_report import shown
 
 FILE_DEPTH = 32  # generous: the stock file needs 6, its free-form `models` object a few more
 VALUE_DEPTH = 10  # plugin_params and JSON in environment variables
+_API_KEY_HASH = re.compile("[0-9A-Fa-f]{64}")
 
 
 class JsonFault(NamedTuple):
@@ -90,6 +92,8 @@ def _brief(value: object) -> str:
     """Containers only hinted at: a faulty one may be nested too deeply to be written out."""
     if isinstance(value, dict | list):
         return "{...}" if isinstance(value, dict) else "[...]"
+    if isinstance(value, str) and _API_KEY_HASH.fullmatch(value):
+        return "<not shown>"
     return shown(value)
 
 

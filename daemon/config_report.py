@@ -78,6 +78,10 @@ class Report:
     ) -> None:
         self._add(key, shown(value), wrong, allowed, f"see {see[0]}={shown(see[1])}" if see else hint)
 
+    def refuse_secret(self, key: str, wrong: str, allowed: str) -> None:
+        """Like `refuse`, for values that must not get into a log."""
+        self._add(key, "<not shown>", wrong, allowed, "")
+
     def malformed(self, key: str, value: str, wrong: str, allowed: str = "strict JSON") -> None:
         """Like `refuse`, with `value` in the words of the one who found the fault."""
         self._add(key, value, wrong, allowed, "")

@@ -54,6 +54,7 @@ class Key:
     also: tuple[int, ...] = ()  # integers accepted outside [low, high]
     choices: tuple[Any, ...] = ()
     pattern: str = ""
+    secret: bool = False  # findings do not show the value
     allowed: str = ""  # what findings call the accepted values, when range or choices do not say it
 
     def permitted(self) -> str:
@@ -282,6 +283,8 @@ SECTIONS: tuple[Section, ...] = (
             Key("batchInvariant", "bool", False),
             Key("stepTimeoutSec", "int", 30, 1, 3600),
             Key("gracefulStopTimeoutSec", "int", 30, 0, 600),
+            Key("maxWaitingTokens", "int", 0, 0, I32_MAX),
+            Key("apiKeys", "objects", (), secret=True),
             Key("ipcDir", "string", "", pattern=r"[^\x00\ud800-\udfff]{0,60}",
                 allowed="at most 60 characters"),
             Key("maxConnections", "int", 0, 32, 1000000, also=(0,)),

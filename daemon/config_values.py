@@ -176,7 +176,10 @@ class _Names:
         path = join(section.path, name)
         if section.strict:
             hint = _did_you_mean(name, known)
-            self._report.refuse(path, value, f"unknown key{hint}", ", ".join(known))
+            if isinstance(value, dict | list):  # it may be a misspelt list of secrets
+                self._report.refuse_secret(path, f"unknown key{hint}", ", ".join(known))
+            else:
+                self._report.refuse(path, value, f"unknown key{hint}", ", ".join(known))
             return
         hint = _did_you_mean(name, known + ignored_names(section.path)) or _belongs(section.path, name)
         self._unknown.append(path + hint)
@@ -260,7 +263,10 @@ def _read_key(
         else:
             values.put(path, value)
     elif fault := key.fault(value):
-        report.refuse(path, value, fault, key.permitted(), hint=key.meant(value))
+        if key.secret:
+            report.refuse_secret(path, fault, key.permitted())
+        else:
+            report.refuse(path, value, fault, key.permitted(), hint=key.meant(value))
     else:
         values.put(path, value)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from datetime import datetime
 
 from daemon.config import LoadedConfig, effective_timeouts, file_stamp
@@ -24,6 +25,7 @@ log = logging.getLogger("server.reload")
 
 POLL_S = 5.0
 _API_KEYS = f"{RUNTIME}.apiKeys"
+_WAITING_TOKENS = f"{RUNTIME}.maxWaitingTokens"
 
 # Keys that take effect while the service runs. All others need a restart.
 HOT_KEYS = frozenset(
@@ -31,6 +33,7 @@ HOT_KEYS = frozenset(
         "EnableDynamicAdjustTimeoutConfig",
         f"{SERVER}.openAiSupport",
         f"{SERVER}.maxLinkNum",
+        _WAITING_TOKENS,
         _API_KEYS,
     }
 )
@@ -50,6 +53,7 @@ class ConfigWatcher:
         """
         self._settings = loaded.settings
         self._values = loaded.values.copy()  # in force: those of the start, and the hot ones since
+        self._api_keys = loaded.settings.endpoint.api_keys
         self._stamp = loaded.stamp
         self._load = load
         self._set_levels = set_levels
@@ -124,9 +128,10 @@ class ConfigWatcher:
         """Take over what may change while the service runs; the names of what did."""
         applied = []
         for path in sorted(HOT_KEYS):
-            if loaded.values.has(path) and self._differs(loaded, path):
+            if self._differs(loaded, path):
                 self._values.put(path, loaded.values.raw(path))
                 applied.append(path)
+        self._api_keys = loaded.settings.endpoint.api_keys
         if loaded.settings.log != self._log_settings:
             self._log_settings = loaded.settings.log
             applied.append("LogConfig")
@@ -170,7 +175,8 @@ class ConfigWatcher:
             token_timeout_s=token_timeout,
             e2e_timeout_s=e2e_timeout,
             max_link_num=self._values.integer(f"{SERVER}.maxLinkNum"),
-            api_keys=tuple(self._values.raw(_API_KEYS)) if self._values.has(_API_KEYS) else (),
+            max_waiting_tokens=self._values.integer(_WAITING_TOKENS),
+            api_keys=tuple(astuple(key) for key in self._api_keys),
             reload_certificates=reload_certificates,
         )
 

@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from endpoint import http_errors, metadata, models_api
+from endpoint.api_keys import PUBLIC_PATHS, ApiKey, ApiKeys
 from endpoint.audit import audit_request
 from endpoint.control_guard import ControlGuard
 from endpoint.generation_stream import GenerationStream
@@ -42,6 +44,7 @@ T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _UUID = web.RequestKey("uuid", str)
+_KEY = web.RequestKey("api_key", ApiKey)  # absent where no keys are configured
 _INLINE_ENTRIES = 2000  # tokens, and probabilities beside them; writing one takes some 5 us
 _INLINE_BYTES = 65_536  # of a body that is parsed on the event loop
 _STREAM_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
@@ -91,7 +94,7 @@ class BusinessPlane:
     async def _count_tokens(self, request: web.Request) -> web.Response:
         service = self._ready_service()
         asked = parse_count(parse_body(await self._read_body(request), self._settings.max_json_depth))
-        return web.json_response(body=await service.count_tokens(asked))
+        return web.json_response(body=await service.count_tokens(asked, request.get(_KEY)))
 
     async def _server_metadata(self, request: web.Request) -> web.Response:
         return web.json_response(body=metadata.server_metadata(self._schedule))
@@ -110,7 +113,7 @@ class BusinessPlane:
         models_api.check_served(service.info, request.match_info["model"])
         body = parse_body(await self._read_body(request), self._settings.max_json_depth)
         client_id = stop_infer_id(body)
-        service.cancel(client_id)
+        service.cancel(client_id, request.get(_KEY))
         return web.json_response({"id": client_id})
 
     async def _decode_results(self, request: web.Request) -> web.Response:
@@ -127,6 +130,8 @@ class BusinessPlane:
             service = self._ready_service()
             if "model" in http.match_info:  # a wrong path is wrong whatever the body says
                 models_api.check_served(service.info, http.match_info["model"])
+            key = http.get(_KEY)
+            service.check_room(key)
             raw = await self._read_body(http)
             if len(raw) <= _INLINE_BYTES:
                 adapter, body, request = parse(raw, service.info, http)
@@ -134,7 +139,7 @@ class BusinessPlane:
                 adapter, body, request = await asyncio.to_thread(parse, raw, service.info, http)
             record.dialect = adapter.name
             name = internal_id(http.headers, http[_UUID])
-            async with service.open(request, name, record) as stream:
+            async with service.open(request, name, record, key) as stream:
                 reply = adapter.reply(request, body, stream.context)
                 tell = record.breakdown if wants_timings(http) else None
                 response = await _answer(http, http[_UUID], request, stream, reply, tell)
@@ -249,6 +254,20 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _error_response(error, request[_UUID])
 
 
+def _authorization(keys: ApiKeys) -> Middleware:
+    """Denies by default: every path of every plane, known or not, needs a key where keys are configured."""
+
+    @web.middleware
+    async def authorize(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path not in PUBLIC_PATHS:
+            key = keys.authenticate(request.headers, request.remote or "unknown")
+            if key is not None:
+                request[_KEY] = key
+        return await handler(request)
+
+    return authorize
+
+
 def _error_response(error: Exception, request_id: str) -> web.Response:
     return web.json_response(
         body=http_errors.error_body(error, request_id),
@@ -280,10 +299,13 @@ def make_app(
     management: ManagementPlane,
     metrics: Metrics,
     settings: EndpointSettings,
+    keys: ApiKeys,
     guard: ControlGuard | None = None,
 ) -> web.Application:
     """`guard`: of the listener; without one, control routes know the listener by its address alone."""
-    app = web.Application(middlewares=[_errors], client_max_size=settings.max_request_bytes)
+    app = web.Application(
+        middlewares=[_errors, _authorization(keys)], client_max_size=settings.max_request_bytes
+    )
     app.on_response_prepare.append(_name_response)
     if "business" in planes:
         app.add_routes(business.routes())

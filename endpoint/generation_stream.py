@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+from endpoint.admission import Place
 from endpoint.detokenizer import IncrementalDetokenizer, StopStrings
 from endpoint.engine_client import EngineClient
 from endpoint.flights import Flight, PromptRow, Token
@@ -119,14 +120,16 @@ class GenerationStream:
         prompts: Sequence[Sequence[int]],
         context: ReplyContext,
         metrics: Metrics,
+        place: Place | None,
     ) -> None:
-        """`prompts`: the ids of each, as they were submitted."""
+        """`prompts`: the ids of each, as they were submitted. `place`: None when none was needed."""
         self.context = context
         self._engine = engine
         self.flight = flight
         self._tokenizer = tokenizer
         self._request = request
         self._metrics = metrics
+        self._place = place
         self.complete = False  # every choice has ended well
         self.first: Token | None = None  # of any choice
         self._prompts = prompts
@@ -165,6 +168,7 @@ class GenerationStream:
             step = choice.step(token, self._request.include_stop, whole, self._tokenizer, prompt)
             generated += 1
             self._metrics.token()
+            self._account(choice, begins)
             if generated == 1:
                 self.first = token
                 self._metrics.first_token(token.at - self.flight.submitted)
@@ -190,6 +194,15 @@ class GenerationStream:
     def finishes(self) -> Sequence[str]:
         """Why its choices ended, each reason once."""
         return list(dict.fromkeys(choice.finish.value for choice in self._choices if choice.finish))
+
+    def _account(self, choice: _Choice, begins: bool) -> None:
+        """A token of this choice has come."""
+        if self._place is None:
+            return
+        self._place.token_generated()
+        number, branch = divmod(choice.index, self._branches)
+        if begins and branch == 0:  # of the branches of a prompt one tells that it no longer waits
+            self._place.prompt_begun(len(self._prompts[number]))
 
     async def _prompt_of(self, choice: _Choice) -> Sequence[PromptToken]:
         if self._request.sampling.prompt_logprobs < 0:

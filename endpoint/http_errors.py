@@ -13,10 +13,12 @@ from engine.errors import (
     MalformedRequest,
     MethodNotAllowed,
     NotFound,
+    QuotaExceeded,
     RequestTimeout,
     ServerError,
     ServiceUnavailable,
     SlowRequest,
+    Unauthorized,
     WrongState,
 )
 
@@ -36,6 +38,8 @@ STATUS: dict[type[ServerError], tuple[int, str]] = {
     MalformedRequest: (400, "Bad Request"),
     ForeignOrigin: (403, "Forbidden"),
     SlowRequest: (408, "Request Timeout"),
+    Unauthorized: (401, "Unauthorized"),
+    QuotaExceeded: (429, "Too Many Requests"),
 }
 
 _INTERNAL = (
@@ -82,7 +86,9 @@ def error_headers(error: BaseException) -> dict[str, str]:
     """Headers the status asks for, besides those of every JSON answer."""
     if isinstance(error, MethodNotAllowed):
         return {"Allow": ", ".join(error.allowed)}
-    if isinstance(error, ServiceUnavailable) and error.retry_after_s is not None:
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, ServiceUnavailable | QuotaExceeded) and error.retry_after_s is not None:
         return {"Retry-After": str(error.retry_after_s)}
     if isinstance(error, SlowRequest):
         return {"Connection": "close"}  # where the next request would begin is not known

@@ -18,6 +18,7 @@ from typing import Any
 from aiohttp import web
 
 from endpoint.adapters import AdapterRegistry
+from endpoint.api_keys import ApiKeys
 from endpoint.app import BusinessPlane, make_app
 from endpoint.checker import Checker, utilisation_of
 from endpoint.context import EndpointContext
@@ -37,7 +38,7 @@ from endpoint.tools.registry import FORMATS, detect
 from endpoint.trial import Trials
 from engine.errors import EXIT_INIT, StartupError
 from engine.logs.room import audit
-from engine.settings import ChatSettings, Listener
+from engine.settings import ApiKeySettings, ChatSettings, Listener
 from engine.wire.messages import (
     Drain,
     InstanceDown,
@@ -89,6 +90,7 @@ class _Endpoint:
         self._management = ManagementPlane(given.settings, given.schedule, given.model, self._metrics)
         self._health = self._management.health
         self._health.expect(wire.instance for wire in given.wires)
+        self._keys = ApiKeys(given.settings.api_keys)
         self._started = int(time.time())
         self._listeners = Listeners(given.settings, self._make_app, self._metrics.connections)
 
@@ -230,7 +232,9 @@ class _Endpoint:
         if tls is not None:
             for plane in listener.planes:
                 self._metrics.watch_certificate(plane, tls.days_left)
-        return make_app(listener.planes, self._business, self._management, self._metrics, settings, guard)
+        return make_app(
+            listener.planes, self._business, self._management, self._metrics, settings, self._keys, guard
+        )
 
     # -- from the parent ----------------------------------------------------------------------------
 
@@ -275,7 +279,10 @@ class _Endpoint:
             token_timeout_s=wanted.token_timeout_s,
             e2e_timeout_s=wanted.e2e_timeout_s,
             max_link_num=wanted.max_link_num,
+            max_waiting_tokens=wanted.max_waiting_tokens,
+            api_keys=tuple(ApiKeySettings(*fields) for fields in wanted.api_keys),
         )
+        self._keys.replace(settings.api_keys)
         self._management.reconfigure(settings)
         if self._business.service is not None:
             self._business.service.reconfigure(settings)

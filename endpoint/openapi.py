@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from endpoint.answer_schemas import SCHEMAS, ref
+from endpoint.api_keys import HEADERS, PUBLIC_PATHS
 from endpoint.declarations import Json
 from endpoint.metadata import SERVER_NAME, SERVER_VERSION
 from endpoint.operations import EVENTS, Operation, operations
@@ -14,6 +15,7 @@ from engine.settings import Listener, Plane
 
 ERROR_MEANINGS: dict[int, str] = {
     400: "not possible in the present state of the server",
+    401: "API keys are configured, and the request has none of them",
     403: "a control request from a page of another origin, or under a host name that is not this server's",
     404: "no such model, request or path",
     405: "the path does not take this method",
@@ -21,8 +23,9 @@ ERROR_MEANINGS: dict[int, str] = {
     413: "the body is larger than maxRequestLength of the configuration",
     422: "not JSON; a field missing, of the wrong type or out of range; fields that exclude each other",
     424: "well formed, but refused by the engine: prompt too long, token id outside the vocabulary",
+    429: "a limit of the API key is reached: Retry-After says when to try again",
     500: "the engine failed, or made no token in time",
-    503: "not ready yet, stopping, or too many requests: try again later",
+    503: "not ready yet, stopping, or too many requests: Retry-After says when to try again",
 }
 
 _PLANES: dict[Plane, str] = {
@@ -44,6 +47,12 @@ _PARAMETERS: dict[str, Json] = {
         "description": "longest wait in seconds",
         "schema": {"type": "integer", "minimum": 1, "maximum": 600},
     },
+}
+# where the configuration has keys; the empty one: where it has none
+_SECURITY: list[Json] = [{}, {"bearer": []}, *({name: []} for name in HEADERS)]
+_SECURITY_SCHEMES: Json = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    **{name: {"type": "apiKey", "in": "header", "name": name} for name in HEADERS},
 }
 _PATH_PARAMETER = re.compile(r"\{(\w+)\}")
 _OWN_SCHEMAS: dict[str, Json] = {"Object": {"type": "object"}, "Text": {"type": "string"}}
@@ -72,7 +81,9 @@ def openapi_document(
         "servers": [{"url": servers["business"]}],
         "tags": [{"name": plane, "description": meaning} for plane, meaning in _PLANES.items()],
         "paths": paths,
+        "security": _SECURITY,
         "components": {
+            "securitySchemes": _SECURITY_SCHEMES,
             "schemas": {**bodies, **SCHEMAS, **_OWN_SCHEMAS},
             "responses": {f"Error{status}": _refusal(status, "Error") for status in ERROR_MEANINGS},
         },
@@ -103,6 +114,8 @@ def _operation(operation: Operation, model_name: str) -> Json:
     in_query = [{"in": "query", "required": False, **parameter} for parameter in operation.query]
     if parameters := [*in_path, *in_query]:
         described["parameters"] = parameters
+    if operation.path in PUBLIC_PATHS:
+        described["security"] = []
     if operation.bodies:
         described["requestBody"] = {
             "required": True,
@@ -129,7 +142,7 @@ def _responses(operation: Operation) -> Json:
             content_type: _content(content_type, names) for content_type, names in operation.answers.items()
         }
     # what has no other way than to refuse has no 200
-    responses = {} if operation.errors.keys() == {400} else {"200": answer}
+    responses = {} if operation.errors.keys() == {400, 401} else {"200": answer}
     for status, schema in operation.errors.items():
         shared = {"$ref": f"#/components/responses/Error{status}"}
         responses[str(status)] = shared if schema == "Error" else _refusal(status, schema)

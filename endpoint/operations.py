@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from endpoint.answer_schemas import OF_ADAPTER
+from endpoint.api_keys import PUBLIC_PATHS
 from endpoint.declarations import Json, RequestBody
 from endpoint.fault_handling import FAULT_BODY, FAULT_PATH
 from endpoint.lora_api import LOAD_BODY, LOAD_PATH, UNLOAD_BODY, UNLOAD_PATH
@@ -54,7 +55,7 @@ def _errors(*statuses: int) -> dict[int, str | None]:
     return dict.fromkeys(statuses, "Error")
 
 
-_GENERATION_ERRORS = (408, 413, 422, 424, 500, 503)
+_GENERATION_ERRORS = (408, 413, 422, 424, 429, 500, 503)
 
 
 def _camel(name: str) -> str:
@@ -119,7 +120,7 @@ _FORCE: Json = {
 }
 
 FIXED: tuple[Operation, ...] = (
-    _post("/v1/tokenizer", "business", "MindIE", "TokenizerRequest", COUNT_BODY, "TokenCount"),
+    _post("/v1/tokenizer", "business", "MindIE", "TokenizerRequest", COUNT_BODY, "TokenCount", 429),
     _post(
         f"{_MODEL}/stopInfer",
         "business",
@@ -182,4 +183,11 @@ FIXED: tuple[Operation, ...] = (
 
 
 def operations(adapters: Sequence[ProtocolAdapter]) -> list[Operation]:
-    return [*generation_operations(adapters), *FIXED]
+    return [_guarded(operation) for operation in (*generation_operations(adapters), *FIXED)]
+
+
+def _guarded(operation: Operation) -> Operation:
+    """With the answer to a request without an API key, where it needs one."""
+    if operation.path in PUBLIC_PATHS:
+        return operation
+    return replace(operation, errors={**operation.errors, 401: "Error"})

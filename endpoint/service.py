@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from endpoint.admission import Admission
+from endpoint.admission import LINE_FULL, WAITING_TOKENS, Admission, Place
+from endpoint.api_keys import ApiKey
 from endpoint.bounds import Bounds
 from endpoint.engine_client import EngineClient
 from endpoint.flights import Flight
@@ -46,6 +47,7 @@ _SWEEP_S = 0.1  # how often deadlines are looked at: one timer for all requests 
 _INLINE_CHARS = 2000  # longer texts are counted beside the event loop
 _STALL_S = 60.0  # for writing the end of an answer whose time is up
 _LAST_FRAMES_S = 1.0  # for writing error events when the service stops
+_WAITING_CACHES = 4  # prompt tokens that may wait, unless configured: so many times the cache
 _TIMEOUT = "Engine callback timeout"  # clients match on this beginning
 
 
@@ -99,34 +101,41 @@ class GenerationService:
         self._settings = endpoint
         self._truncation = schedule.truncation
         self._ignore_eos = model.ignore_eos
-        self._admission = Admission(endpoint.max_link_num)
+        cache_tokens = engine.limits().num_blocks * len(engine.occupancy()) * schedule.block_size
+        self._default_waiting_tokens = _WAITING_CACHES * cache_tokens
+        self.admission = Admission(endpoint.max_link_num, self._max_waiting_tokens(endpoint))
+        # lines of their own: neither needs the model, and who waits there must not keep others from it
+        self._counting = Admission(endpoint.max_link_num)
+        self._trials = Admission(endpoint.max_link_num)
         self._numbers = itertools.count(1)
         self._stopping = False
         self.is_paused: Callable[[], bool] = lambda: False  # whether an operator wants no new requests now
         self._tickets: set[_Ticket] = set()
-        self._named: dict[str, _Ticket] = {}  # by the names under which they can be cancelled
+        # by the names under which the same key can cancel them
+        self._named: dict[tuple[ApiKey | None, str], _Ticket] = {}
 
     @asynccontextmanager
     async def open(
-        self, request: GenerationRequest, name: str, record: RequestRecord
+        self, request: GenerationRequest, name: str, record: RequestRecord, key: ApiKey | None = None
     ) -> AsyncIterator[GenerationStream]:
         """Admit, tokenize and submit; leaving the block, by any door, ends what still runs.
 
-        `name`: by which it can be cancelled, unless a running request has it. `record`: of its milestones.
-        Raises ServiceUnavailable, GenerationRefused, InvalidRequest or RequestTimeout.
+        `name`: by which its key can cancel it, unless a running request has it. `record`: of its milestones.
+        `key`: whose request it is. Raises ServiceUnavailable, QuotaExceeded, GenerationRefused,
+        InvalidRequest or RequestTimeout.
         """
         task = asyncio.current_task()
         assert task is not None
         ticket = _Ticket(task, time.monotonic(), asked_limit_s=request.timeout_s)
         record.opened = ticket.arrival
-        names = self._name(ticket, request.client_id, name)
+        names = self._name(ticket, key, request.client_id, name)
         self._tickets.add(ticket)
-        admitted = False
+        place: Place | None = None
         try:
             try:
                 self._check_accepting(admitted=False)
-                await self._admission.enter()
-                admitted = True
+                request = await self._with_tried_grammar(request, key)
+                place = await self.admission.enter(key)
                 record.admitted = time.monotonic()
                 self._check_accepting(admitted=True)  # the wait may have been long
                 encoded = await self._encode(request)
@@ -135,7 +144,7 @@ class GenerationService:
                 prompts = [self._fit(ids, request.keep_last) for ids in encoded]
                 if request.sampling.prompt_logprobs >= 0:
                     check_prompt_logprobs(sum(map(len, prompts)), request.sampling.prompt_logprobs)
-                request = await self._with_tried_grammar(request)
+                place.expect_first_token(sum(map(len, prompts)))
                 ticket.flight = await self._submit(request, prompts, ticket.arrival)
             except asyncio.CancelledError:
                 if ticket.verdict is not None:
@@ -145,26 +154,38 @@ class GenerationService:
                 # nothing of it was fed to the model
                 prompts = [()] * len(request.prompts)
                 ticket.flight = Flight.never_flown(ticket.arrival)
-            record.stream = self._stream(request, ticket.flight, prompts)
+            record.stream = self._stream(request, ticket.flight, prompts, place)
             yield record.stream
         finally:
             self._tickets.discard(ticket)
-            for name in names:
-                del self._named[name]
+            for given in names:
+                del self._named[given]
             if ticket.flight is not None:
                 self._engine.close(ticket.flight)
-            if admitted:
-                self._admission.leave()
+            if place is not None:
+                place.leave()
 
-    async def count_tokens(self, asked: CountRequest) -> bytes:
-        """The answer of /v1/tokenizer."""
-        if len(asked.text) < _INLINE_CHARS:
-            return count_tokens(self._tokenizer, asked)
-        return await asyncio.to_thread(count_tokens, self._tokenizer, asked)
+    def check_room(self, key: ApiKey | None) -> None:
+        """Refuse what `open` would refuse, before the body is read. Raises as `open` does."""
+        self._check_accepting(admitted=False)
+        self.admission.check_room(key)
 
-    def cancel(self, name: str) -> None:
-        """End the request of this name at once, with what it has. Raises NotFound."""
-        ticket = self._named.get(name)
+    def _max_waiting_tokens(self, settings: EndpointSettings) -> int:
+        return settings.max_waiting_tokens or self._default_waiting_tokens
+
+    async def count_tokens(self, asked: CountRequest, key: ApiKey | None = None) -> bytes:
+        """The answer of /v1/tokenizer. Raises ServiceUnavailable or QuotaExceeded."""
+        place = await self._counting.enter(key)
+        try:
+            if len(asked.text) < _INLINE_CHARS:
+                return count_tokens(self._tokenizer, asked)
+            return await asyncio.to_thread(count_tokens, self._tokenizer, asked)
+        finally:
+            place.leave()
+
+    def cancel(self, name: str, key: ApiKey | None = None) -> None:
+        """End this key's request of this name at once, with what it has. Raises NotFound."""
+        ticket = self._named.get((key, name))
         if ticket is None:
             raise NotFound("no request of this id is running; it may have ended already")
         ticket.cancel()
@@ -186,22 +207,38 @@ class GenerationService:
 
     def is_saturated(self) -> bool:
         """Whether the next request would be refused because the line is full."""
-        return self._admission.is_full
+        return self.admission.is_full
 
     def register_bounds(self, bounds: Bounds) -> None:
         def limit() -> int:
             return self._settings.max_link_num  # changes with the configuration
 
-        bounds.register("requests_running", lambda: self._admission.running, limit)
-        bounds.register("requests_waiting", lambda: self._admission.waiting, lambda: 2 * limit())
+        bounds.register("requests_running", lambda: self.admission.running, limit)
+        bounds.register(
+            "requests_waiting",
+            lambda: self.admission.waiting,
+            lambda: 2 * limit(),
+            lambda: self.admission.refused[LINE_FULL],
+        )
+        bounds.register(
+            "waiting_tokens",
+            lambda: self.admission.waiting_tokens,
+            lambda: self._max_waiting_tokens(self._settings),
+            lambda: self.admission.refused[WAITING_TOKENS],
+        )
         bounds.register("tokenizer_queue", lambda: self._tokenizer.num_queued, limit)
         self._grammars.register_bounds(bounds, limit)
         self._engine.register_bounds(bounds)
 
     def reconfigure(self, settings: EndpointSettings) -> None:
-        """Take over what may change while serving; the time limits are those of running requests too."""
+        """Take over what may change while serving; the time limits are those of running requests too.
+
+        To be called after ApiKeys.replace as well: a key's higher limit may let somebody in.
+        """
         self._settings = settings
-        self._admission.set_limit(settings.max_link_num)
+        self.admission.set_limit(settings.max_link_num, self._max_waiting_tokens(settings))
+        for line in (self._counting, self._trials):
+            line.set_limit(settings.max_link_num)
         for ticket in self._tickets:
             if ticket.flight is not None:
                 ticket.flight.token_limit_s = self._token_limit_s(ticket.asked_limit_s)
@@ -244,16 +281,22 @@ class GenerationService:
                 "the model is not ready; see /v2/health/live for the progress", retry_after_s=5
             )
 
-    def _name(self, ticket: _Ticket, client_id: str | None, name: str) -> list[str]:
-        """Let the ticket go by these names. Raises InvalidRequest when another request has the first one."""
-        if client_id is not None and client_id in self._named:
+    def _name(
+        self, ticket: _Ticket, key: ApiKey | None, client_id: str | None, name: str
+    ) -> list[tuple[ApiKey | None, str]]:
+        """Let the ticket go by these names of its key, and tell them.
+
+        Raises InvalidRequest when another request has the first one.
+        """
+        if client_id is not None and (key, client_id) in self._named:
             raise InvalidRequest(
                 f"`id` is {show(client_id)}, which is the id of a request that still runs; send another "
                 "one, or none, or wait for the end of that request"
             )
-        names = list(filter(None, (client_id, name if name not in self._named else None)))
+        wanted = {client_id, None if (key, name) in self._named else name} - {None}
+        names = [(key, one) for one in wanted if one is not None]
         self._named |= dict.fromkeys(names, ticket)
-        return list(dict.fromkeys(names))
+        return names
 
     async def _encode(self, request: GenerationRequest) -> list[Sequence[int]]:
         encoded = []
@@ -316,11 +359,16 @@ class GenerationService:
     def _token_limit_s(self, asked: float | None) -> float:
         return min(self._settings.token_timeout_s, asked or self._settings.token_timeout_s)
 
-    async def _with_tried_grammar(self, request: GenerationRequest) -> GenerationRequest:
+    async def _with_tried_grammar(self, request: GenerationRequest, key: ApiKey | None) -> GenerationRequest:
+        """Before it has a place: a trial takes seconds, and many stand in line for theirs."""
         sampling = request.sampling
         if not sampling.grammar:
             return request
-        grammar = await self._grammars.check(sampling.grammar, request.grammar_field)
+        place = await self._trials.enter(key)
+        try:
+            grammar = await self._grammars.check(sampling.grammar, request.grammar_field)
+        finally:
+            place.leave()
         return replace(request, sampling=replace(sampling, grammar=grammar))
 
     # -- reasoning ----------------------------------------------------------------------------------
@@ -353,7 +401,11 @@ class GenerationService:
         return tuple(self._tokenizer.encode_bare(END))
 
     def _stream(
-        self, request: GenerationRequest, flight: Flight, prompts: Sequence[Sequence[int]]
+        self,
+        request: GenerationRequest,
+        flight: Flight,
+        prompts: Sequence[Sequence[int]],
+        place: Place | None,
     ) -> GenerationStream:
         prompt_tokens = sum(map(len, prompts))
         context = ReplyContext(
@@ -369,7 +421,7 @@ class GenerationService:
         )
         self._metrics.submitted(prompt_tokens)
         return GenerationStream(
-            self._engine, flight, self._tokenizer, request, prompts, context, self._metrics
+            self._engine, flight, self._tokenizer, request, prompts, context, self._metrics, place
         )
 
     def _echoes(self, request: GenerationRequest) -> list[str]:

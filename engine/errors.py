@@ -95,6 +95,24 @@ class MalformedRequest(ServerError):
     number = 12
 
 
+class Unauthorized(ServerError):
+    """No API key came with the request, or one that nobody has, where keys are configured."""
+
+    code = "unauthorized"
+    number = 13
+
+
+class QuotaExceeded(ServerError):
+    """The client's API key has reached a limit of its own; others are served."""
+
+    code = "quota_exceeded"
+    number = 14
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class SlowRequest(ServerError):
     """The request did not arrive in time; nothing was done about it."""
 

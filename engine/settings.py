@@ -6,7 +6,7 @@ is given the slice, or the few numbers, it needs; nobody writes a result back in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,17 @@ class ConnectionSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ApiKeySettings:
+    """A key that clients show, and its own limits; 0: none beside those of the server."""
+
+    name: str
+    sha256: bytes = field(repr=False)  # 32 bytes, of the key's text
+    max_running: int = 0  # requests served at once
+    max_queued: int = 0  # requests waiting
+    tokens_per_minute: int = 0  # prompt and generated tokens
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointSettings:
     listeners: tuple[Listener, ...]
     max_link_num: int  # requests served at once; twice as many may wait
@@ -61,6 +72,8 @@ class EndpointSettings:
     metrics_enabled: bool
     npu_usage_threshold: int = 0  # per cent: a device so busy may miss a health check's token; 0: no checks
     connections: ConnectionSettings = ConnectionSettings()
+    api_keys: tuple[ApiKeySettings, ...] = ()  # none: everybody may ask
+    max_waiting_tokens: int = 0  # of prompts without a first token; 0: 4 x the tokens of the cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import select
 import threading
 
 from tests.harness import Daemon, Json
@@ -42,3 +44,13 @@ class Stream(threading.Thread):
         except Exception as error:  # a cut connection is a result here
             self.error = error
         self.started.set()
+
+
+def take_refused(waiting: list[http.client.HTTPConnection]) -> None:
+    """Wait until one of these is answered, with a refusal, and take it out of the list."""
+    (ready, *others), _, _ = select.select([connection.sock for connection in waiting], [], [], 30)
+    assert not others, "only one was too many"
+    connection = next(one for one in waiting if one.sock is ready)
+    waiting.remove(connection)
+    response = connection.getresponse()
+    assert response.status == 503 and 1 <= int(response.headers["Retry-After"]) <= 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from endpoint.protocols.base import ModelInfo, PromptList
+from endpoint.protocols.base import GenerationRequest, ModelInfo, PromptList
 from endpoint.validation import MAX_PROMPT_TOKENS, MAX_PROMPT_UNITS, Fields, checked_prompt_text, token_ids
 from engine.errors import InvalidRequest
 
@@ -29,6 +29,19 @@ def read_prompt(fields: Fields, model: ModelInfo) -> str | tuple[int, ...] | Pro
         return prompts[0]
     _check_total(prompts)
     return PromptList(prompts)
+
+
+def check_sequences(fields: Fields, request: GenerationRequest, model: ModelInfo) -> None:
+    """Refuse prompts that with their choices are more than one request may be. Raises InvalidRequest."""
+    prompts, branches = len(request.prompts), request.sampling.branches
+    if prompts > 1 and prompts * branches > model.max_batch_size:
+        name = "n" if request.n == branches else "best_of"
+        raise fields.error(
+            name,
+            f"at most {model.max_batch_size // prompts} for {prompts} prompts: prompts x choices is limited "
+            f"to {model.max_batch_size} (maxBatchSize)",
+            "lower it, or send fewer prompts",
+        )
 
 
 def _one(item: Any, index: int, kind: type, model: ModelInfo) -> str | tuple[int, ...]:

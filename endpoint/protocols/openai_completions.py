@@ -20,7 +20,7 @@ from endpoint.protocols.base import (
     TokenStep,
 )
 from endpoint.protocols.common_fields import NON_EMPTY, TOKEN_IDS
-from endpoint.protocols.completion_prompt import read_prompt
+from endpoint.protocols.completion_prompt import check_sequences, read_prompt
 from endpoint.protocols.openai_fields import COMMON, read_openai
 from endpoint.protocols.openai_members import MODEL
 from endpoint.protocols.openai_reply import FINISH, OpenAIReply, prompt_logprobs
@@ -95,7 +95,9 @@ class OpenAICompletions:
         _SUFFIX.read(fields)
         echo = _ECHO.read(fields)
         logprobs = _LOGPROBS.read(fields)
-        return read_openai(fields, model, prompt, -1 if logprobs is None else logprobs, echo=echo)
+        request = read_openai(fields, model, prompt, -1 if logprobs is None else logprobs, echo=echo)
+        check_sequences(fields, request, model)
+        return request
 
     def reply(self, request: GenerationRequest, body: Body, context: ReplyContext) -> Reply:
         return CompletionsReply(request, body, context)

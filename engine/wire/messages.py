@@ -5,9 +5,7 @@ Arrays of numbers do not travel here but on the rings (ring.py, layout.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from engine.sampling_params import SamplingParams
 
@@ -137,7 +135,8 @@ class Reconfigure:
     token_timeout_s: int
     e2e_timeout_s: int
     max_link_num: int
-    api_keys: tuple[Mapping[str, Any], ...]  # as config.json has them, checked
+    max_waiting_tokens: int
+    api_keys: tuple[tuple[str, bytes, int, int, int], ...]  # the fields of ApiKeySettings
     reload_certificates: bool  # read the files of the listeners again
 
 

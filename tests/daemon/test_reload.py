@@ -59,9 +59,24 @@ def watched(tmp_path: Path) -> Watched:
 # --- keys ---
 
 
-def test_every_hot_key_exists_or_is_one_of_api_keys(watched: Watched) -> None:
-    known = set(watched.watcher._values.by_path())
-    assert known >= HOT_KEYS - {"BackendConfig.runtimeConfig.apiKeys"}
+def test_every_hot_key_exists(watched: Watched) -> None:
+    assert set(watched.watcher._values.by_path()) >= HOT_KEYS
+
+
+def test_F25_api_keys_are_replaced_and_never_shown(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = {"name": "team-a", "sha256": "ab" * 32, "maxRunning": 2}
+    watched.home.backend["runtimeConfig"] = {"apiKeys": [key]}
+    watched.save()
+    with caplog.at_level(logging.INFO):
+        message = watched.poll()
+    assert message is not None and message.api_keys == (("team-a", b"\xab" * 32, 2, 0, 0),)
+    assert "applied: BackendConfig.runtimeConfig.apiKeys" in caplog.text and "abab" not in caplog.text
+    watched.home.backend["runtimeConfig"] = {"apiKeys": [{**key, "sha256": "secret-in-the-wrong-place"}]}
+    watched.save()
+    assert watched.poll() is None
+    assert "apiKeys[0].sha256" in caplog.text and "secret-in-the-wrong-place" not in caplog.text
 
 
 def test_F25_hot_keys_are_applied_and_the_others_named(

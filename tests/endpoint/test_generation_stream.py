@@ -53,7 +53,7 @@ def answers(
         "", SamplingParams(8, branches=CHOICES), stream=False, n=CHOICES, stop=tuple(stop)
     )
     engine = cast(EngineClient, Engine())
-    stream = GenerationStream(engine, flight, tokenizer, request, [(1,)], context(), metrics)
+    stream = GenerationStream(engine, flight, tokenizer, request, [(1,)], context(), metrics, None)
     return asyncio.run(stream.collect())
 
 

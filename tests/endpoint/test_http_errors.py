@@ -22,6 +22,8 @@ EXPECTED: list[tuple[ServerError, int, str]] = [
     (errors.EngineFailed("m"), 500, "Incomplete Generation"),
     (errors.ServiceUnavailable("m"), 503, "Service Unavailable"),
     (errors.WrongState("m"), 400, "Bad Request"),
+    (errors.Unauthorized("m"), 401, "Unauthorized"),
+    (errors.QuotaExceeded("m"), 429, "Too Many Requests"),
     (ServerError("m"), 500, "Incomplete Generation"),
 ]
 
@@ -68,6 +70,8 @@ def test_headers() -> None:
     busy = errors.ServiceUnavailable("full", retry_after_s=3)
     assert http_errors.error_headers(busy) == {"Retry-After": "3"}
     assert http_errors.error_headers(errors.ServiceUnavailable("stopping")) == {}
+    assert http_errors.error_headers(errors.QuotaExceeded("much", 9)) == {"Retry-After": "9"}
+    assert http_errors.error_headers(errors.Unauthorized("who")) == {"WWW-Authenticate": "Bearer"}
     assert http_errors.status(http_errors.unknown_path()) == 404
 
 

@@ -19,6 +19,7 @@ from jsonschema import Draft202012Validator
 
 from endpoint import metadata, models_api
 from endpoint.answer_schemas import OF_ADAPTER, SCHEMAS
+from endpoint.api_keys import ApiKeys
 from endpoint.app import BusinessPlane, make_app
 from endpoint.docs_page import curl, render
 from endpoint.http_errors import STATUS, error_body
@@ -111,7 +112,7 @@ def described() -> Iterator[tuple[str, str, Json]]:
 @pytest.mark.parametrize("plane", PLANES)
 def test_what_is_described_is_what_is_routed(plane: Plane) -> None:
     business, management, metrics = planes(ADAPTERS)
-    app = make_app([plane], business, management, metrics, SETTINGS)
+    app = make_app([plane], business, management, metrics, SETTINGS, ApiKeys(()))
     routed = {
         (route.method.lower(), template(route.resource.canonical))
         for route in app.router.routes()
@@ -129,7 +130,7 @@ def test_no_route_is_listed_twice() -> None:
 def test_both_documents_are_there_while_the_model_loads() -> None:
     async def ask() -> tuple[Json, str, str]:
         business, management, metrics = planes(ADAPTERS)
-        app = make_app(["management"], business, management, metrics, SETTINGS)
+        app = make_app(["management"], business, management, metrics, SETTINGS, ApiKeys(()))
         async with TestClient(TestServer(app)) as client:
             document = await client.get("/openapi.json")
             page = await client.get("/docs")

@@ -30,13 +30,25 @@ def reply(body: Body, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize(
     "prompts",
-    [["a", "b"], ["a", "a", "a"], [[1, 2], [3]], [[0], [VOCAB - 1]], [f"p{i}" for i in range(200)]],
+    [["a", "b"], ["a", "a", "a"], [[1, 2], [3]], [[0], [VOCAB - 1]], [f"p{i}" for i in range(100)]],
 )
 def test_lists_of_prompts(prompts: list[Any]) -> None:
     request = parse(prompt=prompts, n=2)
     expected = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts)
     assert request.prompt == PromptList(expected) and request.prompts == expected
     assert (request.n, request.sampling.branches, request.num_choices) == (2, 2, 2 * len(prompts))
+
+
+@pytest.mark.parametrize(
+    ("members", "field"),
+    [({"n": 3}, "n"), ({"n": 1, "best_of": 3}, "best_of"), ({"n": 3, "use_beam_search": True}, "n")],
+)
+def test_prompts_and_their_choices_have_a_limit_together(members: dict[str, Any], field: str) -> None:
+    prompts = ["p"] * 66
+    assert parse(prompt=prompts, **members).sampling.branches == 3
+    with pytest.raises(InvalidRequest, match=rf"`{field}` is 3, but must be at most 2 for 67 prompts"):
+        parse(prompt=[*prompts, "p"], **members)
+    assert len(parse(prompt=["p"] * 200).prompts) == 200, "one choice of each always fits"
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a"], [[5, 6]], [5, 6]])

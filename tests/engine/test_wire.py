@@ -33,7 +33,7 @@ _SAMPLES: dict[str, object] = {
     "bool": True,
     "tuple[int, ...]": (3, -1),
     "tuple[tuple[str, str], ...]": (("a", "/b"),),
-    "tuple[Mapping[str, Any], ...]": ({"name": "a", "maxRunning": 2},),
+    "tuple[tuple[str, bytes, int, int, int], ...]": (("a", b"\x00" * 32, 1, 2, 3),),
     "SamplingParams": SamplingParams(9, temperature=0.5, seed=2**64 - 1, stop_token_ids=(3, 4)),
 }
 

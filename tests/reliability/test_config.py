@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -211,4 +212,29 @@ def test_F25_an_endpoint_that_replaces_a_dead_one_has_the_values_in_force(make_d
         return False
 
     eventually(in_force, 30.0, "the limit in force in the new endpoint")
+    assert daemon.stop() == 0, daemon.stderr
+
+
+def test_F25_api_keys_are_replaced_while_serving(make_daemon: MakeDaemon) -> None:
+    def keys(*texts: str) -> Json:
+        hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        listed = [{"name": f"key{index}", "sha256": one} for index, one in enumerate(hashes)]
+        return {"BackendConfig": {"runtimeConfig": {"apiKeys": listed}}}
+
+    def status(key: str) -> int:
+        connection = daemon.connect()
+        try:
+            body = json.dumps({"model": "mindie-tiny", "prompt": "a", "max_tokens": 1})
+            connection.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {key}"})
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    daemon = make_daemon(merge(_MOCK, keys("first"))).start().wait_ready()
+    assert (status("first"), status("second")) == (200, 401)
+    change(daemon, keys("second"))
+    hang_up(daemon)
+    logged(daemon, "applied: BackendConfig.runtimeConfig.apiKeys;")
+    eventually(lambda: status("second") == 200, 10.0, "the new key")
+    assert status("first") == 401
     assert daemon.stop() == 0, daemon.stderr
