@@ -230,6 +230,7 @@ class _Endpoint:
             app,
             access_log=None,
             logger=_http_log,
+            auto_decompress=False,  # on the event loop; such bodies are refused, decompressed or not
             handler_cancellation=True,  # a client that hangs up must not keep generating
             keepalive_timeout=_KEEP_ALIVE_S,
             shutdown_timeout=1.0,
