@@ -20,8 +20,8 @@ import zmq
 from engine.wire import messages as m
 from engine.wire.channel import Channel, ControlHub
 from tests.e2e.endpoints import NAME
-from tests.harness import SUCCESS, TINY_MODEL, Daemon, eventually, model_config
-from tests.reliability.abused import assert_served
+from tests.harness import SUCCESS, TINY_MODEL, Daemon, Installation, eventually, model_config
+from tests.reliability.abused import COMPLETIONS, abused, assert_served
 
 MakeDaemon = Callable[..., Daemon]
 MOCK = model_config(modelName=NAME, modelWeightPath=str(TINY_MODEL), modelInstanceType="StandardMock")
@@ -67,11 +67,11 @@ def test_A26_P9_files_are_for_our_user_only(make_daemon: MakeDaemon) -> None:
 
 
 @pytest.fixture(scope="module")
-def daemon(server: Daemon) -> Daemon:
-    """With the model, so that there are the processes of the masks too."""
-    body = {"model": "mindie-tiny", "prompt": "a", "max_tokens": 2, "guided_regex": "[ab]+"}
-    assert server.post("/v1/completions", body).status == 200
-    return server
+def daemon(installation: Installation) -> Iterator[Daemon]:
+    """With the process that tries grammars out."""
+    with abused(installation) as daemon:
+        assert COMPLETIONS.ask(daemon, max_tokens=2, guided_regex="[ab]+").status == 200
+        yield daemon
 
 
 def shared_memory(process: psutil.Process) -> Iterator[tuple[str, os.stat_result]]:
