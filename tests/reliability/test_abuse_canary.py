@@ -178,10 +178,10 @@ def bad(visitor: Visitor) -> None:
         assert visitor.ask(CHAT, **form).status == 422, form
     assert visitor.ask(COMPLETIONS, logit_bias={PROMPT: 1}).status == 422
     assert visitor.post(f"{MODEL}/stopInfer", {"id": PROMPT}).status == 404
-    for path in (f"/{PROMPT}", f"/v1/models/{PROMPT}?key={API_KEY}", f"/v2/models/{PROMPT}/config"):
+    for path in ("/nowhere", f"/v1/models/nobody?key={API_KEY}&q={PROMPT}", "/v2/models/nobody/config"):
         assert visitor.send("GET", path).status == 404
     port = visitor.daemon.management_port
-    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", f"/health/timed-{PROMPT}"):
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", f"/health/timed-x?q={PROMPT}"):
         assert visitor.send("POST", path, {"lora_name": f"{PROMPT} ", "lora_path": "/"}, port).status >= 400
 
 
@@ -195,7 +195,9 @@ def malformed(visitor: Visitor) -> None:
     for header in headers:
         with contextlib.closing(visitor.daemon.connect()) as connection:
             connection.connect()
-            connection.sock.sendall(f"POST /{PROMPT} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
+            connection.sock.sendall(
+                f"POST /v1/completions?q={PROMPT} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode()
+            )
             with contextlib.suppress(ConnectionError, http.client.BadStatusLine):
                 response = http.client.HTTPResponse(connection.sock)
                 response.begin()
