@@ -54,6 +54,7 @@ class Listeners:
             self._make_app(listener, tls),
             access_log=None,
             logger=_http_log,
+            auto_decompress=False,  # on the event loop; such bodies are refused, decompressed or not
             handler_cancellation=True,  # a client that hangs up must not keep generating
             keepalive_timeout=float(self._settings.keep_alive_s),
             shutdown_timeout=1.0,

@@ -10,8 +10,8 @@ from engine.errors import InvalidRequest
 
 async def read_body(http: web.Request, max_bytes: int) -> bytes:
     """Raises BodyTooLarge or InvalidRequest. `max_bytes`: a whole number of MiB."""
-    encoding = http.headers.get("Content-Encoding", "identity")
-    if encoding.lower() != "identity":
+    encodings = http.headers.getall("Content-Encoding", ())
+    if any(encoding.lower() != "identity" for encoding in encodings):
         raise InvalidRequest("`Content-Encoding` must be identity; send the body uncompressed")
     if "Inference-Header-Content-Length" in http.headers:  # KServe's way to append raw bytes to the JSON
         raise InvalidRequest("binary tensors are not read here; send `data` as a list of numbers in the JSON")

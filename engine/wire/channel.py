@@ -25,7 +25,12 @@ def _events(socket: zmq.Socket[bytes]) -> int:
 
 
 def _bind_private(socket: zmq.Socket[bytes], address: str) -> None:
-    """Bind so that the socket file is 0600; libzmq creates it in the calling thread, as the umask says."""
+    """Bind so that only processes of our own user get in.
+
+    The socket file is 0600: libzmq creates it in the calling thread, as the umask says. And whoever connects
+    is asked for its user by SO_PEERCRED, in case the file's mode was changed behind our back.
+    """
+    socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
     previous = os.umask(0o177)
     try:
         socket.bind(address)

@@ -103,7 +103,7 @@ GRAMMARS: dict[str, Json] = {
 }
 
 
-def test_hostile_grammars_cost_one_422_each(daemon: Daemon) -> None:
+def test_A11_hostile_grammars_cost_one_422_each(daemon: Daemon) -> None:
     for attack, form in GRAMMARS.items():
         answer = daemon.post("/v1/completions", completion(**form))
         assert answer.status == 422, (attack, answer.body)
@@ -128,7 +128,7 @@ TEMPLATES = {
 }
 
 
-def test_hostile_templates_cost_one_422_each(daemon: Daemon) -> None:
+def test_A13_hostile_templates_cost_one_422_each(daemon: Daemon) -> None:
     for attack, template in TEMPLATES.items():
         answer = daemon.post("/v1/chat/completions", chat(chat_template=template))
         assert answer.status == 422, (attack, answer.body)
@@ -136,7 +136,7 @@ def test_hostile_templates_cost_one_422_each(daemon: Daemon) -> None:
         assert "chat_template" in error and "root:" not in error, attack
 
 
-def test_endless_templates_end_with_their_clients(daemon: Daemon) -> None:
+def test_A13_endless_templates_end_with_their_clients(daemon: Daemon) -> None:
     """Also those that wait for their turn. Honest ones get theirs."""
     body = json.dumps(chat(chat_template=ENDLESS)).encode()
     connections = [daemon.connect() for _ in range(20)]

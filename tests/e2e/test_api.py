@@ -267,7 +267,7 @@ def test_bodies_that_are_no_json_object(server: Daemon, raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-def test_compressed_bodies_are_refused(server: Daemon, encoding: str) -> None:
+def test_A06_compressed_bodies_are_refused(server: Daemon, encoding: str) -> None:
     connection = server.connect()
     with contextlib.closing(connection):
         connection.request("POST", "/v1/completions", b"no such thing", {"Content-Encoding": encoding})

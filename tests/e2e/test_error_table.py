@@ -97,7 +97,7 @@ def without_prompt(endpoint: Endpoint) -> Json:
 
 
 @every_endpoint
-def test_422_missing_prompt(server: Daemon, endpoint: Endpoint) -> None:
+def test_A02_422_missing_prompt(server: Daemon, endpoint: Endpoint) -> None:
     bodies = [without_prompt(endpoint), {**without_prompt(endpoint), endpoint.prompt_field: None}]
     for body in bodies:
         assert_error(server.post(endpoint.path, body), 422, "Input Validation Error", "must be")
@@ -106,7 +106,7 @@ def test_422_missing_prompt(server: Daemon, endpoint: Endpoint) -> None:
 
 @every_endpoint
 @pytest.mark.parametrize("prompt", ["", [], 5, {}, True, [[]], [None], [1.5], ["a", 1]], ids=str)
-def test_422_prompt_that_is_none(server: Daemon, endpoint: Endpoint, prompt: Any) -> None:
+def test_A02_422_prompt_that_is_none(server: Daemon, endpoint: Endpoint, prompt: Any) -> None:
     body = endpoint.body()
     if endpoint.family == "tensors":
         body["inputs"][0]["data"] = prompt

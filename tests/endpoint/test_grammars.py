@@ -107,7 +107,7 @@ def test_every_good_form_can_be_followed() -> None:
     with_checker(work)
 
 
-def test_hostile_forms_are_refused_and_leave_the_others_alone() -> None:
+def test_A11_hostile_forms_are_refused_and_leave_the_others_alone() -> None:
     async def work(checker: GrammarChecker) -> None:
         async def refused(body: Json) -> str:
             with pytest.raises(InvalidRequest, match=r"^`guided` cannot be followed: ") as caught:
@@ -121,7 +121,7 @@ def test_hostile_forms_are_refused_and_leave_the_others_alone() -> None:
     with_checker(work)
 
 
-def test_the_loop_keeps_turning_while_a_grammar_is_tried() -> None:
+def test_A11_the_loop_keeps_turning_while_a_grammar_is_tried() -> None:
     async def work(checker: GrammarChecker) -> None:
         slow = asyncio.create_task(checker.check(grammar(HOSTILE[0]), "f"))
         turns = 0
@@ -147,7 +147,7 @@ def test_equal_grammars_are_tried_once() -> None:
     with_checker(work)
 
 
-def test_verdicts_beyond_the_cache_are_forgotten() -> None:
+def test_A12_verdicts_beyond_the_cache_are_forgotten() -> None:
     async def work(checker: GrammarChecker) -> None:
         first = grammar({"guided_regex": "a0"})
         for i in range(10):

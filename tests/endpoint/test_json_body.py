@@ -103,7 +103,7 @@ def test_many_siblings_are_not_deep() -> None:
     ],
     ids=["arrays", "objects", "open string", "quotes", "backslashes"],
 )
-def test_deep_or_broken_megabytes_never_reach_the_recursive_parser(
+def test_A03_deep_or_broken_megabytes_never_reach_the_recursive_parser(
     raw: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def parser(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ def test_deep_or_broken_megabytes_never_reach_the_recursive_parser(
         parse_body(raw, 64)
 
 
-def test_the_number_of_values_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_A03_the_number_of_values_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_NODES == 1_000_000
     monkeypatch.setattr(json_body, "MAX_NODES", 1000)
     parse_body(b'{"a": [' + b"1," * 990 + b"1]}", 64)

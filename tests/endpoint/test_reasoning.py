@@ -63,7 +63,7 @@ def test_any_text_gives_the_same_parts_however_it_comes(opening: Opening, pieces
 @pytest.mark.parametrize(
     ("text", "most"), [(" " * 300, 64), ("<think>" + "</thin" * 50, 15), ("<think>" + "<" * 300, 8)]
 )
-def test_what_is_held_back_is_bounded(text: str, most: int) -> None:
+def test_A33_what_is_held_back_is_bounded(text: str, most: int) -> None:
     splitter = ReasoningSplitter(Opening.MODEL)
     sent = sum(len(part) for char in text for part in splitter.push(char))
     assert len(text) - sent <= most

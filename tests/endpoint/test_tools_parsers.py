@@ -127,7 +127,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("form", EVERY_FORMAT)
-def test_hostile_texts_cost_a_few_steps_per_character(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_A33_hostile_texts_cost_a_few_steps_per_character(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A33."""
     counted = Counted(monkeypatch)
     for text in hostile(1_000):
@@ -139,14 +139,14 @@ def test_hostile_texts_cost_a_few_steps_per_character(form: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("form", EVERY_FORMAT)
-def test_what_is_held_back_is_bounded(form: str) -> None:
+def test_A33_what_is_held_back_is_bounded(form: str) -> None:
     for text in hostile(machine.MAX_HEAD * 2):
         parser = FORMATS[form].make_parser()
         sent = sum(len(delta.source) for delta in parser.push(text[: machine.MAX_HEAD * 2]))
         assert sent >= machine.MAX_HEAD // 2
 
 
-def test_a_hundred_thousand_openers_are_text() -> None:
+def test_A33_a_hundred_thousand_openers_are_text() -> None:
     text = "<tool_call>" * 100_000
     deltas = FORMATS["hermes"].make_parser().push(text, last=True)
     assert "".join(delta.text for delta in deltas) == text

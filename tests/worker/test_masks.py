@@ -106,7 +106,7 @@ def test_nothing_is_started_for_answers_without_grammar(masks: MaskClient, proce
 
 
 @pytest.mark.parametrize("hostile", [ENDLESS_COMPILE, ENDLESS_MASK])
-def test_a_grammar_that_takes_too_much_ends_alone(
+def test_A11_a_grammar_that_takes_too_much_ends_alone(
     masks: MaskClient, undisturbed: list[list[int]], hostile: str, processes: Children
 ) -> None:
     rows = [answer(ANY_OBJECT, seed) for seed in range(3)]
@@ -181,7 +181,7 @@ def test_a_tokenizer_that_cannot_be_used_ends_the_request_only(tmp_path: Path, p
     assert free.num_output == LENGTH and not processes()
 
 
-def test_compiled_grammars_beyond_the_cache_are_forgotten_and_made_again(masks: MaskClient) -> None:
+def test_A12_compiled_grammars_beyond_the_cache_are_forgotten_and_made_again(masks: MaskClient) -> None:
     small = MaskClient(masks.vocabulary, slots=16, cache_bytes=600 << 10)
     try:
         for _ in range(2):
