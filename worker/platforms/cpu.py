@@ -56,6 +56,10 @@ class CpuPlatform:
     def memory(self) -> MemoryInfo:
         return read_memory(Path("/"))
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """torch has no type of its own for it here; the kernel refuses only at limits of address space."""
+        return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
     def kv_budget(self, num_workers: int) -> int:
         return int(self.memory().available * CPU_KV_SHARE) // num_workers
 
