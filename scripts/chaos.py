@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import signal
@@ -96,9 +97,15 @@ def _child(chaos: Chaos, role: str) -> psutil.Process:
     return chaos.rng.choice(found)
 
 
+def _strike(chaos: Chaos, process: psutil.Process, number: int) -> None:
+    """The fault begins now: finding the process took its time."""
+    chaos.happened[-1].at = time.monotonic()
+    process.send_signal(number)
+
+
 def _kill(role: str) -> Callable[[Chaos], Awaitable[None]]:
     async def inject(chaos: Chaos) -> None:
-        _child(chaos, role).send_signal(signal.SIGKILL)
+        _strike(chaos, _child(chaos, role), signal.SIGKILL)
 
     return inject
 
@@ -106,7 +113,7 @@ def _kill(role: str) -> Callable[[Chaos], Awaitable[None]]:
 def _pause(role: str) -> Callable[[Chaos], Awaitable[None]]:
     async def inject(chaos: Chaos) -> None:
         process = _child(chaos, role)
-        process.send_signal(signal.SIGSTOP)
+        _strike(chaos, process, signal.SIGSTOP)
         await asyncio.sleep(PAUSE_S)
         process.send_signal(signal.SIGCONT)
 
@@ -116,7 +123,7 @@ def _pause(role: str) -> Callable[[Chaos], Awaitable[None]]:
 async def _hang(chaos: Chaos) -> None:
     """Stop a worker for good: its watchdog has to end it."""
     process = _child(chaos, "worker")
-    process.send_signal(signal.SIGSTOP)
+    _strike(chaos, process, signal.SIGSTOP)
     until = time.monotonic() + SERVED_WITHIN_S
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > until:
@@ -290,10 +297,15 @@ class Chaos:
 CONTINUED, CHANGED, ERROR, DROPPED, CUT = "continued", "other text", "error", "dropped", "cut"
 
 
-def under_way(one: Happened, endings: Sequence[Ending]) -> list[Ending]:
-    """Requests of clients that wait for their answers, sent before the fault and not ended by then."""
+def under_way(one: Happened, run: Run) -> list[Ending]:
+    """Requests of clients that wait for their answers, sent before the fault, ended before the next."""
     patient = (Manner.READS, Manner.READS_SLOWLY)
-    return [ending for ending in endings if ending.manner in patient and ending.sent < one.at < ending.ended]
+    until = min((other.at for other in run.happened if other.at > one.at), default=math.inf)
+    return [
+        ending
+        for ending in run.ledger.endings
+        if ending.manner in patient and ending.sent < one.at < ending.ended < until
+    ]
 
 
 def was_dropped(ending: Ending, happened: Sequence[Happened]) -> bool:
@@ -396,7 +408,7 @@ def fault_table(run: Run) -> str:
             continue
         met: Counter[str] = Counter()
         for one in ones:
-            met.update(what_became(e, run.texts, run.happened) for e in under_way(one, run.ledger.endings))
+            met.update(what_became(e, run.texts, run.happened) for e in under_way(one, run))
         detected = [one.not_ready - one.at for one in ones if one.not_ready is not None]
         served = [one.served - one.at for one in ones if one.served is not None]
         lines.append(
@@ -448,6 +460,7 @@ def findings(run: Run) -> list[str]:
 
 
 def report(run: Run, args: argparse.Namespace) -> str:
+    errors = Counter(ending.detail for ending in run.ledger.endings if ending.fate is Fate.ERROR)
     return "\n".join(
         [
             "",
@@ -460,6 +473,7 @@ def report(run: Run, args: argparse.Namespace) -> str:
             run.ledger.table(),
             "",
             equation(run)[0],
+            *(f"{count} x {detail}" for detail, count in errors.most_common(5)),
         ]
     )
 

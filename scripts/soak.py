@@ -115,8 +115,9 @@ class Samples:
 async def sample(daemon: OwnDaemon, samples: Samples, start: float, interval_s: float) -> None:
     """Runs until it is cancelled."""
     while True:
+        taken = await asyncio.to_thread(footprints, daemon.pid)
         samples.times_s.append(time.monotonic() - start)
-        samples.taken.append(await asyncio.to_thread(footprints, daemon.pid))
+        samples.taken.append(taken)
         samples.shm.append(shared_memory_in_use())
         await asyncio.sleep(interval_s)
 

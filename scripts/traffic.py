@@ -59,17 +59,21 @@ class Ask:
 
 
 def greedy_ask(rng: random.Random, *, tokens: tuple[int, int]) -> Ask:
-    """One with a single greedy choice, hence always the same text. `tokens`: least and most of its answer."""
+    """One with a single greedy choice and a seed, hence with the same text whenever it is sent.
+
+    `tokens`: least and most of its answer.
+    """
     prompt = rng.choice(_OPENINGS).format(rng.choice(_TOPICS))
     limit, stream = rng.randint(*tokens), rng.random() < 0.7
     openai: Json = {
         "model": NAME,
+        "seed": 1,
         "max_tokens": limit,
         "temperature": 0,
         "stream": stream,
         "ignore_eos": True,
     }
-    own: Json = {"parameters": {"max_new_tokens": limit, "do_sample": False}}
+    own: Json = {"parameters": {"max_new_tokens": limit, "do_sample": False, "seed": 1}}
     end = "generate_stream" if stream else "generate"
     shapes: dict[str, tuple[str, Json]] = {
         "chat": ("/v1/chat/completions", {**openai, "messages": [{"role": "user", "content": prompt}]}),
