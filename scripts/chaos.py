@@ -247,7 +247,9 @@ class Chaos:
             while self.probes.first_not_ready(one.at) is None and time.monotonic() < until:
                 await asyncio.sleep(PROBE_EVERY_S)
         await self._see_served(one)
-        one.not_ready = self.probes.first_not_ready(one.at)
+        not_ready = self.probes.first_not_ready(one.at)
+        if not_ready is not None and not_ready < (one.served or math.inf):
+            one.not_ready = not_ready
         return one
 
     async def _may_die(self, deaths: int) -> None:
