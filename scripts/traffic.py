@@ -469,9 +469,9 @@ def disagreements(ledger: Ledger, before: Mapping[str, float], after: Mapping[st
 
     Spoilt requests may never reach a handler, and what we hung up on may have been finished before.
     """
-    received, success, failed = (
-        int(after[f"request_{name}_total"] - before[f"request_{name}_total"])
-        for name in ("received", "success", "failed")
+    received, success, failed, cancelled = (
+        int(after[f"{name}_total"] - before[f"{name}_total"])
+        for name in ("request_received", "request_success", "request_failed", "mindie_request_cancelled")
     )
     spoilt = sum(ending.manner is Manner.SPOILS for ending in ledger.endings)
     late = sum(
@@ -482,12 +482,17 @@ def disagreements(ledger: Ledger, before: Mapping[str, float], after: Mapping[st
         ending.fate is Fate.FINISHED and ending.manner is not Manner.SPOILS for ending in ledger.endings
     )
     found = []
-    if received != success + failed:
-        found.append(f"the server counts {received} received, but {success} succeeded and {failed} failed")
+    if received != success + failed + cancelled:
+        found.append(
+            f"the server counts {received} received, but {success} succeeded, {failed} failed and "
+            f"{cancelled} were cancelled"
+        )
     if not ledger.sent - unsure <= received <= ledger.sent:
         found.append(f"{ledger.sent} were sent, {received} received")
     if not finished <= success <= finished + unsure:
         found.append(f"{finished} finished here, {success} succeeded there")
+    if cancelled > unsure:
+        found.append(f"{late} were cancelled here, {cancelled} there")
     return found
 
 

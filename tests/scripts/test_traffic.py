@@ -88,9 +88,14 @@ def ending(
     return traffic.Ending(manner, "chat", fate, "", sent, sent, ended, **more)
 
 
-def counters(received: int, success: int, failed: int) -> dict[str, float]:
-    values = {"received": received, "success": success, "failed": failed}
-    return {f"request_{name}_total": float(value) for name, value in values.items()}
+def counters(received: int, success: int, failed: int, cancelled: int = 0) -> dict[str, float]:
+    values = {
+        "request_received": received,
+        "request_success": success,
+        "request_failed": failed,
+        "mindie_request_cancelled": cancelled,
+    }
+    return {f"{name}_total": float(value) for name, value in values.items()}
 
 
 def test_the_servers_counters_are_held_against_the_ledger() -> None:
@@ -100,9 +105,10 @@ def test_the_servers_counters_are_held_against_the_ledger() -> None:
     assert len(traffic.disagreements(ledger, before, counters(8, 7, 0))) == 1  # one of its own is open
     assert len(traffic.disagreements(ledger, before, counters(7, 6, 1))) == 2
     assert len(traffic.disagreements(ledger, before, counters(9, 8, 1))) == 2
+    assert len(traffic.disagreements(ledger, before, counters(8, 6, 1, 1))) == 2  # nobody hung up
     ledger = traffic.Ledger(1, [ending(Fate.CANCELLED, manner=Manner.HANGS_UP)])
     assert traffic.disagreements(ledger, before, counters(6, 6, 0)) == []  # it was finished before we hung up
-    assert traffic.disagreements(ledger, before, counters(6, 5, 1)) == []
+    assert traffic.disagreements(ledger, before, counters(6, 5, 0, 1)) == []
 
 
 # --- slopes --------------------------------------------------------------------------------------------
@@ -169,7 +175,8 @@ def test_a_chaos_run_fails_for_cuts_and_other_texts_only() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_soak(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_soak(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "_SETTLES_S", 0.5)
     argv = "--mock --minutes 0.05 --warm-up 0 --calibrate 1 --interval 0.5 --most-mib-per-hour 1e9"
     assert soak.main(argv.split()) == 0
     out = capsys.readouterr().out
