@@ -26,33 +26,20 @@ import asyncio
 import math
 import os
 import random
-import signal
 import statistics
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
-from footprint import children_by_role
+from chaos_faults import FAULTS, Fault, Target, handles_reload
 from fuzz_cases import HOST
+from ledger import Ending, Fate, Ledger, Manner, percentile
 from own_daemon import OwnDaemon, configuration, own_daemon
-from traffic import (
-    Ask,
-    Ending,
-    Fate,
-    Ledger,
-    Lines,
-    Load,
-    Manner,
-    Mix,
-    closing,
-    exchange,
-    greedy_ask,
-    percentile,
-)
+from traffic import Lines, Load, Mix, closing, exchange
+from traffic_requests import Ask, greedy_ask
 
 LIMITS = {
     "ServerConfig": {"maxRequestLength": 2},
@@ -69,103 +56,9 @@ PROBE_EVERY_S = 0.025
 PROBE_WITHIN_S = 0.5  # no answer by then counts as not ready
 MOST_DEATHS = 4
 DEATHS_PER_S = 60.0
-PAUSE_S = 1.0
-HALF_OPEN = 50
 DETECTED_WITHIN_S = 5.0
 SERVED_WITHIN_S = 120.0
 QUIET_S = (1.0, 5.0)  # between two faults
-
-# --- faults --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """`deaths`: of children, that it means. `drops`: connections may end with it."""
-
-    name: str
-    inject: Callable[[Chaos], Awaitable[None]]
-    deaths: int = 0
-    drops: bool = False
-
-
-def _child(chaos: Chaos, role: str) -> psutil.Process:
-    """The endpoint, or any worker. Raises RuntimeError when there is none."""
-    pid = chaos.daemon.pid
-    found = [process for name, process in children_by_role(pid).items() if name.startswith(role)]
-    if not found:
-        raise RuntimeError(f"no {role} below {pid}")
-    return chaos.rng.choice(found)
-
-
-def _strike(chaos: Chaos, process: psutil.Process, number: int) -> None:
-    """The fault begins now: finding the process took its time."""
-    chaos.happened[-1].at = time.monotonic()
-    process.send_signal(number)
-
-
-def _kill(role: str) -> Callable[[Chaos], Awaitable[None]]:
-    async def inject(chaos: Chaos) -> None:
-        _strike(chaos, _child(chaos, role), signal.SIGKILL)
-
-    return inject
-
-
-def _pause(role: str) -> Callable[[Chaos], Awaitable[None]]:
-    async def inject(chaos: Chaos) -> None:
-        process = _child(chaos, role)
-        _strike(chaos, process, signal.SIGSTOP)
-        await asyncio.sleep(PAUSE_S)
-        process.send_signal(signal.SIGCONT)
-
-    return inject
-
-
-async def _hang(chaos: Chaos) -> None:
-    """Stop a worker for good: its watchdog has to end it."""
-    process = _child(chaos, "worker")
-    _strike(chaos, process, signal.SIGSTOP)
-    until = time.monotonic() + SERVED_WITHIN_S
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > until:
-            process.send_signal(signal.SIGCONT)
-            raise RuntimeError(f"a stopped worker was not replaced within {SERVED_WITHIN_S:.0f} s")
-        await asyncio.sleep(0.02)
-
-
-async def _reload(chaos: Chaos) -> None:
-    os.kill(chaos.daemon.pid, signal.SIGHUP)
-
-
-async def _half_open(chaos: Chaos) -> None:
-    """Connections that begin a request and say no more; they stay until the end of the run."""
-    for number in range(HALF_OPEN):
-        writer = (await asyncio.open_connection(HOST, chaos.daemon.port))[1]
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{"[: 10 + number]
-        )
-        chaos.left_open.append(writer)
-
-
-FAULTS = {
-    fault.name: fault
-    for fault in (
-        Fault("worker-kill", _kill("worker"), deaths=1),
-        Fault("worker-hang", _hang, deaths=1),
-        Fault("worker-pause", _pause("worker")),
-        Fault("endpoint-kill", _kill("endpoint"), deaths=1, drops=True),
-        Fault("endpoint-pause", _pause("endpoint")),
-        Fault("reload", _reload),
-        Fault("half-open", _half_open),
-    )
-}
-
-
-def handles_reload(pid: int) -> bool:
-    """Whether SIGHUP means something else than death."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) >> (signal.SIGHUP - 1) & 1)
-
 
 # --- probing -------------------------------------------------------------------------------------------
 
@@ -223,13 +116,11 @@ class Happened:
 
 @dataclass(slots=True)
 class Chaos:
-    daemon: OwnDaemon
+    target: Target
     lines: Lines
     probes: Probes
     asks: list[Ask]
-    rng: random.Random
     happened: list[Happened] = field(default_factory=list)
-    left_open: list[asyncio.StreamWriter] = field(default_factory=list)
     _deaths: deque[float] = field(default_factory=deque)
 
     async def do(self, fault: Fault) -> Happened:
@@ -237,10 +128,12 @@ class Chaos:
         await self._may_die(fault.deaths)
         one = Happened(fault, time.monotonic())
         self.happened.append(one)
+        self.target.struck_at = one.at
         try:
-            await fault.inject(self)
+            await fault.inject(self.target)
         except (RuntimeError, psutil.Error) as error:
             one.wrong = str(error)
+        one.at = self.target.struck_at
         if fault.deaths:
             self._deaths.append(time.monotonic())
             until = time.monotonic() + DETECTED_WITHIN_S
@@ -274,20 +167,20 @@ class Chaos:
     async def at_random(self, faults: Sequence[Fault], minutes: float) -> None:
         until = time.monotonic() + minutes * 60
         while time.monotonic() < until and not self.over:
-            await asyncio.sleep(self.rng.uniform(*QUIET_S))
-            await self.do(self.rng.choice(faults))
+            await asyncio.sleep(self.target.rng.uniform(*QUIET_S))
+            await self.do(self.target.rng.choice(faults))
 
     async def each(self, faults: Sequence[Fault], times: int) -> None:
         for fault in faults:
             for _ in range(times):
-                await asyncio.sleep(self.rng.uniform(*QUIET_S))
+                await asyncio.sleep(self.target.rng.uniform(*QUIET_S))
                 if not self.over:
                     await self.do(fault)
 
     @property
     def ended(self) -> bool:
         """The daemon is no more."""
-        return psutil.Process(self.daemon.pid).status() == psutil.STATUS_ZOMBIE
+        return psutil.Process(self.target.daemon.pid).status() == psutil.STATUS_ZOMBIE
 
     @property
     def over(self) -> bool:
@@ -375,7 +268,7 @@ async def _run(daemon: OwnDaemon, management_port: int, args: argparse.Namespace
             flush=True,
         )
         probes = Probes(management_port)
-        chaos = Chaos(daemon, lines, probes, asks, rng)
+        chaos = Chaos(Target(daemon, rng), lines, probes, asks)
         load = Load(lines, Ledger(), Mix(typical_s=typical), args.seed, make=lambda drawn: drawn.choice(asks))
         probing = asyncio.create_task(probes.run())
         over = asyncio.Event()
@@ -388,7 +281,7 @@ async def _run(daemon: OwnDaemon, management_port: int, args: argparse.Namespace
         over.set()
         await loading
         probing.cancel()
-        for writer in chaos.left_open:
+        for writer in chaos.target.left_open:
             writer.transport.abort()
         alive = await ready_status(management_port) == 200
     return Run(rate, load.ledger, chaos.happened, texts, skipped, alive)

@@ -31,20 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from footprint import Footprint, footprints, shared_memory_in_use
+from ledger import Ending, Fate, Ledger, Manner, disagreements, percentile, read_counters
 from own_daemon import OwnDaemon, configuration, own_daemon
-from traffic import (
-    Ending,
-    Fate,
-    Ledger,
-    Lines,
-    Load,
-    Manner,
-    Mix,
-    closing,
-    disagreements,
-    percentile,
-    read_counters,
-)
+from traffic import Lines, Load, Mix, closing
 
 LIMITS = {
     "ServerConfig": {"maxRequestLength": 2},

@@ -1,7 +1,7 @@
 """Mixed requests for scripts/soak.py and scripts/chaos.py, and the ledger in which each of them ends once.
 
-Requests of all dialects, whole and streamed, are drawn from a seeded generator. A client reads to the end,
-hangs up somewhere in between, reads slowly, or sends a spoilt body of scripts/fuzz_cases.py.
+A client reads to the end, hangs up somewhere in between, reads slowly, or sends a spoilt body of
+scripts/fuzz_cases.py.
 """
 
 from __future__ import annotations
@@ -9,120 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import random
-import re
 import socket
 import time
-import urllib.request
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fuzz_bodies import STREAM_FAILED, Answer, faults, read_answer
-from fuzz_cases import GOOD, HOST, NAME, SCHEMA, TRITON, Case, good_message, make_case
-
-Json = dict[str, Any]
+from fuzz_cases import GOOD, HOST, Case, make_case
+from ledger import Ending, Fate, Ledger, Manner
+from traffic_requests import Ask, make_ask
 
 ENDS_WITHIN_S = 120.0  # a request that has not ended by then is lost
 _SPARE_FOR_S = 5.0  # a connection idle for longer is not used again: the server may be about to close it
 _SLOW_BYTES = 4096  # receive buffer of a slow reader
 _SLOW_PAUSE_S = 0.2
 
-# --- requests ------------------------------------------------------------------------------------------
-
-_TOPICS = (
-    "a brave cat", "a lost sailor", "an old mill", "a small dragon", "two friends", "a quiet village",
-    "a curious robot", "a green boat", "the last train", "a tall tree", "a clever fox", "a snowy night",
-)  # fmt: skip
-_OPENINGS = (
-    "Tell me a short story about {}.", "Who are you, and what do you know of {}?",
-    "Once upon a time there was {}",
-    "Tom has 12 apples and meets {}. He gives away 5. How many are left?", "Please write about {}",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One proper request."""
-
-    dialect: str
-    path: str
-    body: str  # JSON; text, so that asks can be compared and be keys
-    stream: bool
-
-    @property
-    def message(self) -> bytes:
-        return good_message(self.path, json.loads(self.body))
-
-
-def greedy_ask(rng: random.Random, *, tokens: tuple[int, int]) -> Ask:
-    """One with a single greedy choice and a seed, hence with the same text whenever it is sent.
-
-    `tokens`: least and most of its answer.
-    """
-    prompt = rng.choice(_OPENINGS).format(rng.choice(_TOPICS))
-    limit, stream = rng.randint(*tokens), rng.random() < 0.7
-    openai: Json = {
-        "model": NAME,
-        "seed": 1,
-        "max_tokens": limit,
-        "temperature": 0,
-        "stream": stream,
-        "ignore_eos": True,
-    }
-    own: Json = {"parameters": {"max_new_tokens": limit, "do_sample": False, "seed": 1}}
-    end = "generate_stream" if stream else "generate"
-    shapes: dict[str, tuple[str, Json]] = {
-        "chat": ("/v1/chat/completions", {**openai, "messages": [{"role": "user", "content": prompt}]}),
-        "completions": ("/v1/completions", {**openai, "prompt": prompt}),
-        "vllm": ("/generate", {**openai, "prompt": prompt}),
-        "tgi": (f"/{end}", {"inputs": prompt, **own}),
-        "triton": (f"{TRITON}/{end}", {"text_input": prompt, **own}),
-        "native": ("/infer", {"inputs": prompt, "stream": stream, **own}),
-    }
-    dialect = rng.choice(list(shapes))
-    path, body = shapes[dialect]
-    return Ask(dialect, path, json.dumps(body), stream)
-
-
-def _several_or_bound(rng: random.Random) -> Ask:
-    """Sampling, several choices, log-probabilities, or an answer bound to a format."""
-    prompt = rng.choice(_OPENINGS).format(rng.choice(_TOPICS))
-    stream = rng.random() < 0.5
-    chat: Json = {"model": NAME, "messages": [{"role": "user", "content": prompt}], "stream": stream}
-    completion: Json = {"model": NAME, "prompt": prompt, "max_tokens": rng.randint(4, 32), "stream": stream}
-    schema = {"name": "trip", "schema": SCHEMA, "strict": True}
-    shapes: list[tuple[str, Json]] = [
-        ("/v1/completions", {**completion, "temperature": 0.9, "top_p": 0.9, "seed": rng.randrange(2**31)}),
-        ("/v1/completions", {**completion, "temperature": 1.0, "n": 2, "logprobs": 2}),
-        ("/v1/completions", {**completion, "structured_outputs": {"regex": "[a-z ]{5,30}"}}),
-        ("/v1/completions", {**completion, "prompt": [prompt, "Once"], "stop": ["."]}),
-        ("/v1/chat/completions", {**chat, "max_tokens": 48,
-                                  "response_format": {"type": "json_schema", "json_schema": schema}}),
-        ("/v1/chat/completions", {**chat, "max_tokens": 16, "use_beam_search": True, "n": 2}),
-    ]  # fmt: skip
-    path, body = rng.choice(shapes)
-    return Ask("chat" if "messages" in body else "completions", path, json.dumps(body), stream)
-
-
-def make_ask(rng: random.Random) -> Ask:
-    return _several_or_bound(rng) if rng.random() < 0.15 else greedy_ask(rng, tokens=(4, 96))
-
-
 # --- answers -------------------------------------------------------------------------------------------
-
-
-class Fate(Enum):
-    """The one end of a request, as its client saw it."""
-
-    FINISHED = "finished"
-    ERROR = "error"  # status 500, or an error event in a stream that then ended properly
-    REFUSED = "refused"  # 4xx or 503 with a proper body
-    CANCELLED = "cancelled"  # by us
-    LOST = "lost"  # no answer, half of one, or one that is no proper answer
 
 
 def judge(path: str, answer: Answer | None) -> tuple[Fate, str]:
@@ -235,28 +140,12 @@ class Lines:
             self._spare.pop().close()
 
 
-class Manner(Enum):
-    """How a client treats its answer."""
-
-    READS = "reads"
-    HANGS_UP = "hangs up"
-    READS_SLOWLY = "reads slowly"
-    SPOILS = "spoils"  # sends a body with mistakes
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """What became of one request. Times are monotonic seconds."""
-
-    manner: Manner
-    dialect: str
-    fate: Fate
-    detail: str
-    sent: float
-    first: float | None  # when the first byte of the answer came
-    ended: float
-    ask: Ask | None = None  # None: the body was spoilt
-    text: str = ""  # of a finished one
+@contextlib.contextmanager
+def closing(lines: Lines) -> Iterator[Lines]:
+    try:
+        yield lines
+    finally:
+        lines.close()
 
 
 async def _answer(line: Line, message: bytes, *, slowly: bool = False) -> Answer | None:
@@ -339,39 +228,6 @@ async def spoil(port: int, number: int, seed: int) -> Ending:
 # --- load ----------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Ledger:
-    """Every request that was sent, and its end."""
-
-    sent: int = 0
-    endings: list[Ending] = field(default_factory=list)
-
-    @property
-    def open(self) -> int:
-        return self.sent - len(self.endings)
-
-    def count(self, *fates: Fate) -> int:
-        return sum(ending.fate in fates for ending in self.endings)
-
-    @property
-    def lost(self) -> list[Ending]:
-        return [ending for ending in self.endings if ending.fate is Fate.LOST]
-
-    def table(self) -> str:
-        """Markdown: a row per manner of the client, a column per fate."""
-        counts = Counter((ending.manner, ending.fate) for ending in self.endings)
-        lines = [
-            "| client | sent | " + " | ".join(fate.value for fate in Fate) + " |",
-            "|---" * (len(Fate) + 2) + "|",
-        ]
-        for manner in Manner:
-            row = [counts[manner, fate] for fate in Fate]
-            if any(row):
-                lines.append(f"| {manner.value} | {sum(row)} | {' | '.join(map(str, row))} |")
-        row = [self.count(fate) for fate in Fate]
-        return "\n".join([*lines, f"| all | {self.sent} | {' | '.join(map(str, row))} |"])
-
-
 @dataclass(frozen=True, slots=True)
 class Mix:
     """Shares of the clients that do not just read to the end."""
@@ -448,66 +304,3 @@ class Load:
             self._under_way.add(task)
             task.add_done_callback(self._under_way.discard)
         await asyncio.gather(*self._under_way)
-
-
-# --- the server's own account --------------------------------------------------------------------------
-
-
-def read_counters(metrics_port: int) -> dict[str, float]:
-    """/metrics: name -> value of everything without buckets, summed over labels."""
-    with urllib.request.urlopen(f"http://{HOST}:{metrics_port}/metrics", timeout=10) as response:
-        text = response.read().decode()
-    values: dict[str, float] = {}
-    for name, number in re.findall(r"^(\w+?)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE):
-        if not name.endswith("_bucket"):
-            values[name] = values.get(name, 0.0) + float(number)
-    return values
-
-
-def disagreements(ledger: Ledger, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Where the server's counters of a period tell another story than the ledger of the same period.
-
-    Spoilt requests may never reach a handler, and what we hung up on may have been finished before.
-    """
-    received, success, failed, cancelled = (
-        int(after[f"{name}_total"] - before[f"{name}_total"])
-        for name in ("request_received", "request_success", "request_failed", "mindie_request_cancelled")
-    )
-    spoilt = sum(ending.manner is Manner.SPOILS for ending in ledger.endings)
-    late = sum(
-        ending.manner is Manner.HANGS_UP and ending.fate is Fate.CANCELLED for ending in ledger.endings
-    )
-    unsure = spoilt + late
-    finished = sum(
-        ending.fate is Fate.FINISHED and ending.manner is not Manner.SPOILS for ending in ledger.endings
-    )
-    found = []
-    if received != success + failed + cancelled:
-        found.append(
-            f"the server counts {received} received, but {success} succeeded, {failed} failed and "
-            f"{cancelled} were cancelled"
-        )
-    if not ledger.sent - unsure <= received <= ledger.sent:
-        found.append(f"{ledger.sent} were sent, {received} received")
-    if not finished <= success <= finished + unsure:
-        found.append(f"{finished} finished here, {success} succeeded there")
-    if cancelled > unsure:
-        found.append(f"{late} were cancelled here, {cancelled} there")
-    return found
-
-
-# --- figures -------------------------------------------------------------------------------------------
-
-
-def percentile(values: Iterable[float], share: float) -> float:
-    """Nearest rank; nan without values."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
-
-
-@contextlib.contextmanager
-def closing(lines: Lines) -> Iterator[Lines]:
-    try:
-        yield lines
-    finally:
-        lines.close()

@@ -15,12 +15,14 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 fuzz = importlib.import_module("fuzz_bodies")
+ledgers = importlib.import_module("ledger")
+requests = importlib.import_module("traffic_requests")
 traffic = importlib.import_module("traffic")
 soak = importlib.import_module("soak")
 chaos = importlib.import_module("chaos")
 footprint = importlib.import_module("footprint")
 
-Fate, Manner = traffic.Fate, traffic.Manner
+Fate, Manner = ledgers.Fate, ledgers.Manner
 ERROR = json.dumps({"error": "no", "error_type": "T", "type": "T"}).encode()
 SSE = {"content-type": "text/event-stream"}
 MIB = 2**20
@@ -28,7 +30,7 @@ MIB = 2**20
 
 def asks(seed: int, count: int = 200) -> list[Any]:
     rng = random.Random(seed)
-    return [traffic.make_ask(rng) for _ in range(count)]
+    return [requests.make_ask(rng) for _ in range(count)]
 
 
 def test_a_seed_is_always_the_same_requests_in_all_dialects() -> None:
@@ -85,7 +87,7 @@ def test_the_text_of_every_dialect_is_found(body: bytes, headers: Any) -> None:
 def ending(
     fate: Any, *, sent: float = 0.0, ended: float = 1.0, manner: Any = Manner.READS, **more: Any
 ) -> Any:
-    return traffic.Ending(manner, "chat", fate, "", sent, sent, ended, **more)
+    return ledgers.Ending(manner, "chat", fate, "", sent, sent, ended, **more)
 
 
 def counters(received: int, success: int, failed: int, cancelled: int = 0) -> dict[str, float]:
@@ -100,15 +102,15 @@ def counters(received: int, success: int, failed: int, cancelled: int = 0) -> di
 
 def test_the_servers_counters_are_held_against_the_ledger() -> None:
     before = counters(5, 5, 0)
-    ledger = traffic.Ledger(3, [ending(Fate.FINISHED), ending(Fate.FINISHED), ending(Fate.REFUSED)])
-    assert traffic.disagreements(ledger, before, counters(8, 7, 1)) == []
-    assert len(traffic.disagreements(ledger, before, counters(8, 7, 0))) == 1  # one of its own is open
-    assert len(traffic.disagreements(ledger, before, counters(7, 6, 1))) == 2
-    assert len(traffic.disagreements(ledger, before, counters(9, 8, 1))) == 2
-    assert len(traffic.disagreements(ledger, before, counters(8, 6, 1, 1))) == 2  # nobody hung up
-    ledger = traffic.Ledger(1, [ending(Fate.CANCELLED, manner=Manner.HANGS_UP)])
-    assert traffic.disagreements(ledger, before, counters(6, 6, 0)) == []  # it was finished before we hung up
-    assert traffic.disagreements(ledger, before, counters(6, 5, 0, 1)) == []
+    ledger = ledgers.Ledger(3, [ending(Fate.FINISHED), ending(Fate.FINISHED), ending(Fate.REFUSED)])
+    assert ledgers.disagreements(ledger, before, counters(8, 7, 1)) == []
+    assert len(ledgers.disagreements(ledger, before, counters(8, 7, 0))) == 1  # one of its own is open
+    assert len(ledgers.disagreements(ledger, before, counters(7, 6, 1))) == 2
+    assert len(ledgers.disagreements(ledger, before, counters(9, 8, 1))) == 2
+    assert len(ledgers.disagreements(ledger, before, counters(8, 6, 1, 1))) == 2  # nobody hung up
+    ledger = ledgers.Ledger(1, [ending(Fate.CANCELLED, manner=Manner.HANGS_UP)])
+    assert ledgers.disagreements(ledger, before, counters(6, 6, 0)) == []  # it was finished before we hung up
+    assert ledgers.disagreements(ledger, before, counters(6, 5, 0, 1)) == []
 
 
 # --- slopes --------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def soaked(rss: list[int], descriptors: tuple[int, int] = (9, 9), endings: Any =
         samples.taken.append({"endpoint": footprint.Footprint(value, value, 0, 9, 1)})
         samples.shm.append(0)
     idle = [{"endpoint": footprint.Footprint(1, 1, 0, count, 1)} for count in descriptors]
-    ledger = traffic.Ledger(len(endings), list(endings))
+    ledger = ledgers.Ledger(len(endings), list(endings))
     run = soak.Run(10, 5, 0.0, 0.0, 10.0 * len(rss), ledger, samples, idle[0], idle[1], [])
     found: list[str] = soak.findings(run, 1.0)
     return found
@@ -153,12 +155,12 @@ def test_a_soak_fails_for_growth_and_for_what_was_lost() -> None:
 
 def broken(endings: list[Any], fault: str, at: float = 0.5, served: float | None = 2.0) -> list[str]:
     happened = [chaos.Happened(chaos.FAULTS[fault], at, not_ready=at, served=served)]
-    ledger = traffic.Ledger(len(endings), endings)
+    ledger = ledgers.Ledger(len(endings), endings)
     found: list[str] = chaos.findings(chaos.Run(1.0, ledger, happened, TEXTS, [], True))
     return found
 
 
-ASK = traffic.Ask("chat", "/", "{}", True)
+ASK = requests.Ask("chat", "/", "{}", True)
 TEXTS = {ASK: "as always"}
 
 
