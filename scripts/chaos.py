@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
 import os
 import random
@@ -35,7 +36,7 @@ from dataclasses import dataclass, field
 
 import psutil
 from chaos_faults import FAULTS, Fault, Target, handles_reload
-from fuzz_cases import HOST
+from fuzz_cases import HOST, NAME
 from ledger import Ending, Fate, Ledger, Manner, percentile
 from own_daemon import OwnDaemon, configuration, own_daemon
 from traffic import Lines, Load, Mix, closing, exchange
@@ -49,6 +50,12 @@ LIMITS = {
         "runtimeConfig": {"kvCacheBlockNum": 256},
     },
 }
+PING = Ask(
+    "completions",
+    "/v1/completions",
+    json.dumps({"model": NAME, "prompt": "Once", "max_tokens": 1, "stream": True}),
+    stream=True,
+)
 ASKS = 32  # different requests, each with a known text
 TOKENS = (64, 200)  # of an answer: long enough to be under way when something breaks
 CLIENTS = 12  # of the closed loop that measures the capacity
@@ -119,7 +126,6 @@ class Chaos:
     target: Target
     lines: Lines
     probes: Probes
-    asks: list[Ask]
     happened: list[Happened] = field(default_factory=list)
     _deaths: deque[float] = field(default_factory=deque)
 
@@ -156,7 +162,7 @@ class Chaos:
         until = time.monotonic() + SERVED_WITHIN_S
         while time.monotonic() < until and not self.ended:
             if self.probes.ready:
-                ending = await exchange(self.lines, self.asks[0], Manner.READS)
+                ending = await exchange(self.lines, PING, Manner.READS)
                 if ending.fate is Fate.FINISHED and ending.first is not None:
                     one.served = ending.first
                     return
@@ -268,7 +274,7 @@ async def _run(daemon: OwnDaemon, management_port: int, args: argparse.Namespace
             flush=True,
         )
         probes = Probes(management_port)
-        chaos = Chaos(Target(daemon, rng), lines, probes, asks)
+        chaos = Chaos(Target(daemon, rng), lines, probes)
         load = Load(lines, Ledger(), Mix(typical_s=typical), args.seed, make=lambda drawn: drawn.choice(asks))
         probing = asyncio.create_task(probes.run())
         over = asyncio.Event()
