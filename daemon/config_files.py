@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import shlex
 import stat
@@ -17,6 +16,7 @@ from daemon.config_values import Values
 from endpoint.tls import KEY_PREFIX
 from engine.file_modes import DIRECTORY_MODE, access_problems
 from engine.settings import Plane, TlsFiles
+from engine.weight_files import WeightFault, did_you_mean, read_json_object, read_weights
 
 PERMISSION_VARIABLE = "MINDIE_CHECK_INPUTFILES_PERMISSION"
 FILE_MODE = 0o640
@@ -178,6 +178,9 @@ class _SecuredFiles:
 
 _WEIGHT_PATH = f"{MODEL}.modelWeightPath"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SMALL_JSON = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # all optional
+_MAX_SMALL_BYTES = 16 * 2**20
+_MAX_TOKENIZER_BYTES = 256 * 2**20  # the largest vocabularies in use take some 35 MiB
 
 
 def find_model(root: Path, values: Values, permissions: Permissions, report: Report) -> Path:
@@ -192,10 +195,11 @@ def find_model(root: Path, values: Values, permissions: Permissions, report: Rep
     permissions.check(_WEIGHT_PATH, given, path, DIRECTORY_MODE)
     names = sorted(entry.name for entry in path.iterdir())
     if not is_mock(values):
-        for wrong in [*_tokenizer_faults(path, names), *_weight_faults(path, names)]:
+        faults = [*_tokenizer_faults(path, names), *_json_faults(path, names), *_weight_faults(path, names)]
+        for wrong in faults:
             report.refuse(_WEIGHT_PATH, given, wrong, allowed)
     if "config.json" in names or not is_mock(values):
-        _check_model_config(path, given, values, report)
+        _check_model_config(path, given, names, values, report)
     return path
 
 
@@ -217,38 +221,75 @@ def _nearest(path: Path) -> str:
 def _tokenizer_faults(path: Path, names: list[str]) -> list[str]:
     file = path / "tokenizer.json"
     if "tokenizer.json" not in names:
-        close = difflib.get_close_matches("tokenizer.json", names, 1, 0.7)
-        return [f"no tokenizer.json in {path}" + (f" (there is {close[0]})" if close else "")]
-    wrong = path_fault(file, "file")
-    return [wrong] if wrong else []
+        return [f"no tokenizer.json in {path}{did_you_mean('tokenizer.json', names)}"]
+    if wrong := path_fault(file, "file"):
+        return [wrong]
+    try:
+        size, last = _size_and_end(file)
+    except OSError as error:
+        return [f"cannot be read: {file}: {error.strerror}"]
+    if size > _MAX_TOKENIZER_BYTES:
+        return [f"{file} has {size} bytes; at most {_MAX_TOKENIZER_BYTES} are read"]
+    if last != b"}":  # it is parsed by who needs it, but a copy cut short is known at once
+        return [f"{file} has {size} bytes and is cut short: expected }} at its end, found {last!r}"]
+    return []
+
+
+def _size_and_end(file: Path) -> tuple[int, bytes]:
+    """A file's size, and its last byte that is no white space."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(max(0, size - 64))
+        return size, stream.read().rstrip()[-1:]
+
+
+def _json_faults(path: Path, names: list[str]) -> list[str]:
+    faults: list[str] = []
+    for name in _SMALL_JSON:
+        if name in names:
+            try:
+                read_json_object(path / name, _MAX_SMALL_BYTES)
+            except WeightFault as fault:
+                faults += fault.faults
+    return faults
 
 
 def _weight_faults(path: Path, names: list[str]) -> list[str]:
     shards = [name for name in names if name.endswith(".safetensors")]
-    if shards:
-        return [wrong for name in shards if (wrong := path_fault(path / name, "file"))]
     pickled = [name for name in names if name.endswith(_PICKLED)]
-    if pickled:
+    if not shards and pickled:
         return [
             f"only pickled weights ({', '.join(pickled[:3])}) in {path}, which can run code when loaded; "
-            "convert them to safetensors"
+            "convert them to safetensors: where you trust their origin, load the model with transformers and "
+            "call its save_pretrained(..., safe_serialization=True)"
         ]
-    return [f"no *.safetensors file in {path}"]
+    if not shards:
+        return [f"no *.safetensors file in {path}{did_you_mean('model.safetensors', names)}"]
+    unreadable = [wrong for name in shards if (wrong := path_fault(path / name, "file"))]
+    if unreadable:
+        return unreadable
+    try:
+        read_weights(path)
+    except WeightFault as fault:
+        return list(fault.faults)
+    return []
 
 
-def _check_model_config(path: Path, given: str, values: Values, report: Report) -> None:
+def _check_model_config(path: Path, given: str, names: list[str], values: Values, report: Report) -> None:
     file = path / "config.json"
     allowed = f"a model's config.json in {path}"
+    if "config.json" not in names:
+        report.refuse(
+            _WEIGHT_PATH, given, f"no such file: {file}{did_you_mean('config.json', names)}", allowed
+        )
+        return
     if wrong := path_fault(file, "file"):
         report.refuse(_WEIGHT_PATH, given, wrong, allowed)
         return
     try:
-        config: Any = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        report.refuse(_WEIGHT_PATH, given, f"cannot be read: {file}: {error}", allowed)
-        return
-    if not isinstance(config, dict):
-        report.refuse(_WEIGHT_PATH, given, f"{file} holds no JSON object", allowed)
+        config = read_json_object(file, _MAX_SMALL_BYTES)
+    except WeightFault as fault:
+        report.refuse(_WEIGHT_PATH, given, str(fault), allowed)
         return
     for wrong in _model_config_faults(config):
         report.refuse(_WEIGHT_PATH, given, f"{file}: {wrong}", allowed)
@@ -265,7 +306,7 @@ def _model_config_faults(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(config.get("model_type"), str):
         faults.append('no string "model_type"')
     vocab_size = config.get("vocab_size", config.get("padded_vocab_size"))
-    if not isinstance(vocab_size, int) or vocab_size < 1:
+    if type(vocab_size) is not int or vocab_size < 1:
         faults.append('no positive "vocab_size"')
     if not isinstance(config.get("torch_dtype", config.get("dtype")), str):
         faults.append('no string "torch_dtype"')

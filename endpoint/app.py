@@ -194,6 +194,8 @@ async def _answer(
             # one write is one HTTP chunk; clients of the original parse each chunk by itself
             if frame := reply.frame(step):
                 await response.write(frame)
+        for frame in _tail(reply, tell):
+            await response.write(frame)
     except (asyncio.CancelledError, ConnectionError):
         if http.transport is not None:
             http.transport.abort()  # a client that does not read would keep what is buffered for it
@@ -206,9 +208,6 @@ async def _answer(
             error = EngineFailed()
         error.request_id = request_id
         for frame in reply.error_frames(error):
-            await response.write(frame)
-    else:
-        for frame in _tail(reply, tell):
             await response.write(frame)
     await response.write_eof()
     return response

@@ -47,7 +47,8 @@ _REFUSALS: dict[type[ServerError], str] = {
     "choices together; lower one of them, or give the server more cache (npuMemSize, kvCacheMemMiB)",
     errors.GrammarFailed: "the answer could not go on in the format asked for (response_format, "
     "structured_outputs, guided_*, tools): no token was legal, or finding one took too much; simplify it",
-    EngineFailed: "the model produced no usable result for this request (its logits were not numbers)",
+    EngineFailed: "the model produced no usable result for this request (its logits were not numbers, "
+    "or there was no memory for it alone; the server log tells)",
     errors.InvalidRequest: "the adapter of this request was unloaded before the request began; "
     "GET /v1/models lists the loaded ones",
 }

@@ -199,6 +199,7 @@ class _Endpoint:
         tokenizer = await asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(1), load_tokenizer)
         # beside the other instances, one that is being replaced is no reason to keep clients waiting
         ready = await self._engine.wait_ready(every=not given.replaces_another)
+        tokenizer.check_fits(ready.vocab_size)
         info = ModelInfo(
             name=given.model.name,
             vocab_size=ready.vocab_size,
@@ -327,7 +328,7 @@ def _generation_defaults(weight_path: Path) -> Mapping[str, Any]:
         defaults = json.loads((weight_path / "generation_config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StartupError(
             f"{weight_path}/generation_config.json cannot be read: {error}", EXIT_INIT
         ) from None

@@ -308,16 +308,19 @@ class GenerationService:
 
     async def _encode_one(self, prompt: str | tuple[int, ...] | ChatPrompt) -> Sequence[int]:
         if isinstance(prompt, str):
-            return await self._tokenizer.encode_async(prompt)
-        if isinstance(prompt, ChatPrompt):
-            return await self._tokenizer.encode_chat_async(prompt)
+            ids: Sequence[int] = await self._tokenizer.encode_async(prompt)
+        elif isinstance(prompt, ChatPrompt):
+            ids = await self._tokenizer.encode_chat_async(prompt)
+        else:
+            ids = prompt
         vocab_size = self.info.vocab_size
-        for token_id in prompt:
-            if not 0 <= token_id < vocab_size:
-                raise GenerationRefused(
-                    f"token id {token_id} is outside the vocabulary; allowed: [0, {vocab_size - 1}]"
-                )
-        return prompt
+        if isinstance(prompt, tuple) or self._tokenizer.vocab_size > vocab_size:
+            for token_id in ids:
+                if not 0 <= token_id < vocab_size:
+                    raise GenerationRefused(
+                        f"token id {token_id} is outside the vocabulary; allowed: [0, {vocab_size - 1}]"
+                    )
+        return ids
 
     def _fit(self, ids: Sequence[int], keep_last: int | None) -> Sequence[int]:
         check_token_count(len(ids))

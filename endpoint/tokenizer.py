@@ -176,6 +176,19 @@ class TokenizerPool:
         finally:
             self.num_queued -= 1
 
+    def check_fits(self, model_size: int) -> None:
+        """Raise StartupError when plain text could become an id that the model has no row for.
+
+        Added tokens beyond are in use (padding of fine-tuned models): whoever sends one is refused.
+        """
+        largest = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+        if largest >= model_size:
+            raise StartupError(
+                f"{self._model_dir}: tokenizer.json has ids up to {largest}, but config.json a vocab_size of "
+                f"{model_size}; take both files from the same release of the model",
+                EXIT_INIT,
+            )
+
     def vocabulary(self, model_size: int) -> Vocabulary:
         """What grammars are compiled against; `model_size`: token ids of the model."""
         size, eos = vocabulary_shape(model_size, self.vocab_size, self.eos_token_ids)

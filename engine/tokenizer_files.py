@@ -36,7 +36,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StartupError(f"{file}: cannot be read as JSON: {error}", EXIT_INIT) from None
     if not isinstance(content, dict):
         raise StartupError(f"{file}: must hold a JSON object", EXIT_INIT)

@@ -46,6 +46,7 @@ GOOD_EVERY = 10  # one good request after so many of a connection's cases
 CLIENTS = 8
 ANSWER_WITHIN_S = 30.0
 DONE = "[DONE]"
+STREAM_FAILED = "the stream failed"  # how the fault of a stream with an error event begins
 # What a run may add to the endpoint: caches fill up to their bounds, so memory is compared after a warm-up.
 WARM_UP = 400
 MORE_BYTES = 96 * 2**20
@@ -166,7 +167,7 @@ def _stream_faults(raw: bytes, path: str) -> list[str]:
         if wrong:
             return wrong
         if "error" in value:
-            return [f"the stream failed: {payload[:200]}"]
+            return [f"{STREAM_FAILED}: {payload[:200]}"]
     return [] if payloads else ["a stream without frames"]
 
 

@@ -103,6 +103,11 @@ def split_by_arithmetic(plan: StepPlan, *, all_invariant: bool = False) -> list[
     return [(_rows_of(plan, first, last), wanted[first]) for first, last in pairwise(bounds)]
 
 
+def single_rows(plan: StepPlan) -> list[StepPlan]:
+    """The plan in pieces of one row; like those of `split_plan`, but they copy what the whole plan does."""
+    return [_rows_of(plan, row, row + 1) for row in range(plan.num_rows)]
+
+
 def _rows_of(plan: StepPlan, first: int, last: int) -> StepPlan:
     start, end = plan.query_start[first], plan.query_start[last]
     return replace(

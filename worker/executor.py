@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from engine.executor import Sampled
 from engine.plan import StepPlan
+from worker.batch import single_rows
 from worker.logprobs import with_logprobs
 from worker.prompt_logprobs import PromptLogprobs
 from worker.runner import ModelRunner
 from worker.sampler import Sampler
+
+log = logging.getLogger("llm.executor")
 
 
 @dataclass(slots=True)
@@ -33,7 +38,7 @@ class LeaderExecutor:
         start = time.perf_counter()
         self.sampler.expect(plan.samples)
         prompts = PromptLogprobs.of(plan)
-        logits = self.runner.forward(plan, prompts)
+        logits = self._forward(plan, prompts)
         computed = time.perf_counter()
         if plan.sample_rows is not None:
             logits = logits[torch.from_numpy(plan.sample_rows)]
@@ -44,3 +49,36 @@ class LeaderExecutor:
         self.times.forward += computed - start
         self.times.sample += time.perf_counter() - computed
         return sampled
+
+    def _forward(self, plan: StepPlan, prompts: PromptLogprobs | None) -> Tensor:
+        """Logits of each row, [R, vocab]; when memory runs out, NaN in those that do not fit alone either."""
+        logits = self._try_forward(plan, prompts)
+        if logits is not None:
+            return logits
+        log.warning(
+            "out of memory in a step of %d rows, %d tokens: each is tried alone",
+            plan.num_rows,
+            plan.num_tokens,
+        )
+        alone = []
+        copies = plan.copies
+        for row in single_rows(plan):
+            own = self._try_forward(replace(row, copies=copies), prompts)
+            if own is None:
+                log.error(
+                    "out of memory for %d tokens of request %d", row.num_tokens, row.sequences[0].request_id
+                )
+                own = torch.full((1, self.runner.vocab_size), torch.nan, dtype=self.runner.dtype)
+            else:
+                copies = ()  # made; once more they would undo what rows have written behind them
+            alone.append(own)
+        return torch.cat(alone)
+
+    def _try_forward(self, plan: StepPlan, prompts: PromptLogprobs | None) -> Tensor | None:
+        """None when memory ran out; what it was to hold is free again by then."""
+        try:
+            return self.runner.forward(plan, prompts)
+        except (MemoryError, RuntimeError) as error:
+            if not self.runner.is_out_of_memory(error):
+                raise
+            return None

@@ -12,10 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import EXIT_INIT, StartupError
-from worker.config_values import ConfigValues
+from engine.weight_files import StoredTensor, WeightFault, read_weights
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -28,40 +26,35 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Reads the headers of all files."""
         self.folder = folder
-        self._file_of = _locate(folder)
         self._open: dict[Path, Any] = {}
         self._exits = ExitStack()
-        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for name, file in self._file_of.items():
-            self._headers[name] = self._header(name, file)
-        self.release()
+        try:
+            self._stored = read_weights(folder)
+        except WeightFault as fault:
+            raise StartupError(str(fault), EXIT_INIT) from None
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype most bytes of the checkpoint are in."""
+        """The dtype most bytes of the checkpoint are in, once it has been checked."""
         sizes: dict[str, int] = {}
-        for shape, stored in self._headers.values():
-            sizes[stored] = sizes.get(stored, 0) + torch.Size(shape).numel()
-        stored = max(sizes, key=lambda name: sizes[name])
-        if stored not in _DTYPES:
-            raise StartupError(f"{self.folder}: weights stored as {stored} are not supported", EXIT_INIT)
-        return _DTYPES[stored]
+        for tensor in self._stored.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
+        return _DTYPES[max(sizes, key=lambda name: sizes[name])]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that is there."""
-        return self._headers[name][0]
+        return self._stored[name].shape
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignorable: frozenset[str] = frozenset()) -> None:
-        """Raise StartupError naming every missing, unexpected and wrong-shaped tensor with its file."""
+        """Raise StartupError naming every tensor that is missing, unexpected, or wrong in shape or dtype."""
         complaints = []
         for name, shape in expected.items():
-            if name not in self._headers:
+            if name not in self._stored:
                 complaints.append(f"{name} {list(shape)} is missing")
-            elif self._headers[name][0] != shape:
-                found = list(self._headers[name][0])
-                complaints.append(f"{name} in {self._file_of[name].name} is {found}, expected {list(shape)}")
-        for name in self._headers.keys() - expected.keys() - ignorable:
-            complaints.append(f"{name} in {self._file_of[name].name} is unexpected")
+            else:
+                complaints += _misfits(name, self._stored[name], shape)
+        for name in self._stored.keys() - expected.keys() - ignorable:
+            complaints.append(f"{name} in {self._stored[name].file.name} is unexpected")
         if complaints:
             shown = "; ".join(sorted(complaints)[:_MAX_COMPLAINTS])
             more = (
@@ -71,7 +64,7 @@ class Checkpoint:
 
     def take(self, *names: str, dtype: torch.dtype) -> Tensor:
         """The named tensors, converted and joined along dimension 0; always a copy of the mapped pages."""
-        parts: list[Tensor] = [self._handle(self._file_of[name]).get_tensor(name) for name in names]
+        parts = [self._tensor(name) for name in names]
         return (
             parts[0].to(dtype, copy=True)
             if len(parts) == 1
@@ -83,38 +76,23 @@ class Checkpoint:
         self._exits.close()
         self._open.clear()
 
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = self._exits.enter_context(safe_open(file, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise StartupError(f"cannot read {file}: {error}", EXIT_INIT) from None
-        return self._open[file]
-
-    def _header(self, name: str, file: Path) -> tuple[tuple[int, ...], str]:
+    def _tensor(self, name: str) -> Tensor:
+        """As it is mapped. Raises StartupError when the file is no longer what its header was."""
+        file = self._stored[name].file
         try:
-            header = self._handle(file).get_slice(name)
-        except SafetensorError:
-            raise StartupError(f"{file} lacks {name}, which {_INDEX} places there", EXIT_INIT) from None
-        return tuple(header.get_shape()), header.get_dtype()
+            if file not in self._open:
+                self._open[file] = self._exits.enter_context(safe_open(file, framework="pt"))
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise StartupError(f"cannot read {name} of {file}: {error}", EXIT_INIT) from None
+        return tensor
 
 
-def _locate(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    if (folder / _INDEX).exists():
-        files = ConfigValues.read(folder / _INDEX).section("weight_map")
-        weight_map = {name: files.text(name, "") for name in files.names()}
-        absent = sorted({file for file in weight_map.values() if not (folder / file).exists()})
-        if absent:
-            raise StartupError(f"{folder / _INDEX} names missing files: {', '.join(absent)}", EXIT_INIT)
-        return {name: folder / file for name, file in weight_map.items()}
-    file = folder / _SINGLE
-    if not file.exists():
-        raise StartupError(
-            f"{folder} holds neither {_SINGLE} nor {_INDEX}; no other format is read", EXIT_INIT
-        )
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return dict.fromkeys(handle.keys(), file)
-    except (OSError, SafetensorError) as error:
-        raise StartupError(f"cannot read {file}: {error}", EXIT_INIT) from None
+def _misfits(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> list[str]:
+    where = f"{name} in {stored.file.name}"
+    found = []
+    if stored.shape != shape:
+        found.append(f"{where} is {list(stored.shape)}, expected {list(shape)}")
+    if stored.dtype not in _DTYPES:
+        found.append(f"{where} is stored as {stored.dtype}, expected one of {', '.join(_DTYPES)}")
+    return found

@@ -125,6 +125,10 @@ class ModelRunner:
     def device_name(self) -> str:
         return self._platform.name
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether a failed `forward` would do with less to compute at once."""
+        return self._platform.is_out_of_memory(error)
+
     def size_kv_cache(self) -> int:
         """Blocks this worker can hold; StartupError when that is less than one sequence of maxSeqLen.
 

@@ -7,6 +7,7 @@ same token whoever its batch mates are. How far the logits themselves are the sa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -18,6 +19,8 @@ from engine.executor import NO_CONTINUATION, NO_TOKEN, NOT_YET
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from worker.grammar import Bits, GrammarBook, NoContinuation, NotYet
+
+log = logging.getLogger("llm.sampler")
 
 Floats = NDArray[np.float32]
 
@@ -44,8 +47,8 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> NDArray[np.int32]:
         """logits: [R, vocab], not modified; row r belongs to sequences[r] -> the next token of each, [R].
 
-        A row whose logits hold NaN or +Inf gets NO_TOKEN, one whose grammar cannot go on NO_CONTINUATION, and
-        one whose grammar does not know yet NOT_YET: it has to be asked for again.
+        A row whose logits hold NaN or +Inf or that cannot be sampled gets NO_TOKEN, one whose grammar cannot
+        go on NO_CONTINUATION, and one whose grammar does not know yet NOT_YET: it has to be asked for again.
         """
         best, first_best = logits.max(dim=-1)  # 4x faster than argmax, and the first of equals like it
         tokens: NDArray[np.int32] = first_best.to("cpu", torch.int32).numpy()
@@ -70,7 +73,7 @@ class Sampler:
             )
             copies = self._copy(logits, rows)
             tokens[rows] = [
-                self._sample_row(*row) for row in zip(copies, own, uniforms.tolist(), strict=True)
+                self._guarded_row(*row) for row in zip(copies, own, uniforms.tolist(), strict=True)
             ]
         return tokens
 
@@ -81,6 +84,14 @@ class Sampler:
         scratch = self._scratch[: len(rows)]
         torch.from_numpy(scratch).copy_(logits[rows])
         return scratch
+
+    def _guarded_row(self, logits: Floats, sequence: Sequence, u: float) -> int:
+        """A failure over what one request asked for ends that request; the others of the step go on."""
+        try:
+            return self._sample_row(logits, sequence, u)
+        except Exception:
+            log.exception("request %d cannot be sampled", sequence.request_id)
+            return NO_TOKEN
 
     def _sample_row(self, logits: Floats, sequence: Sequence, u: float) -> int:
         """logits: [vocab], may be changed; u: in [0, 1)."""

@@ -87,7 +87,7 @@ def test_fp32_alone_and_all_at_once(
     assert all_at_once(daemon, prompts) == expected["float32"]
 
 
-def test_fp32_with_a_pool_so_small_that_sequences_are_preempted(
+def test_F17_fp32_with_a_pool_so_small_that_sequences_are_preempted(
     make_daemon: MakeDaemon, prompts: list[list[int]], expected: dict[str, list[list[int]]]
 ) -> None:
     daemon = make_daemon(config("float32", kvCacheBlockNum=64)).start().wait_ready()

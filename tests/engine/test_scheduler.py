@@ -213,7 +213,7 @@ def test_a_recomputed_sequence_over_the_token_budget_runs_alone() -> None:
     assert plan is not None and plan.kind is StepKind.PREFILL and plan.num_tokens == 11
 
 
-def test_what_can_never_fit_is_refused_once() -> None:
+def test_F17_what_can_never_fit_is_refused_once() -> None:
     scheduler = make_scheduler(num_blocks=4)
     scheduler.add(make_group(1, prompt=40))
     refused = scheduler.take_refused()

@@ -32,6 +32,9 @@ class Platform(Protocol):
 
     def memory(self) -> MemoryInfo: ...
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether the error says that memory could not be had, and nothing else is wrong."""
+
     def kv_budget(self, num_workers: int) -> int:
         """Bytes one worker may spend on its KV cache when nobody said how many; falls as memory is taken."""
 
