@@ -23,6 +23,8 @@ from worker.platforms.cpu_kernels import LinearKernels, probe_linears
 from worker.platforms.memory_limits import MemoryInfo, read_memory
 from worker.platforms.row_sizes import equal_sizes
 
+# what torch and oneDNN say when an allocation fails
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive")
 _MAX_UPCAST = 128 * 2**20  # weights; a vocabulary head never sees long prefills and would need gigabytes
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,7 +60,7 @@ class CpuPlatform:
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """torch has no type of its own for it here; the kernel refuses only at limits of address space."""
-        return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+        return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
     def kv_budget(self, num_workers: int) -> int:
         return int(self.memory().available * CPU_KV_SHARE) // num_workers
