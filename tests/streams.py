@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import select
+import socket
 import threading
 
-from tests.harness import Daemon, Json
+from tests.harness import Daemon, Json, eventually
 
 LONG: Json = {
     "model": "mindie-tiny",
@@ -44,6 +46,38 @@ class Stream(threading.Thread):
         except Exception as error:  # a cut connection is a result here
             self.error = error
         self.started.set()
+
+
+class Reading(threading.Thread):
+    """Reads a begun answer in the background, as a client has to: one that does not read is ended."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        super().__init__(daemon=True)
+        self._response = response
+        self.received = b""
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while chunk := self._response.read1():
+                self.received += chunk
+
+    def more(self) -> None:
+        """Wait for something that has not come yet."""
+        before = len(self.received)
+        eventually(lambda: len(self.received) > before, 30, "the stream goes on")
+
+    def whole(self) -> bytes:
+        """All of it, once it has ended."""
+        self.join(30)
+        assert not self.is_alive(), "the stream does not end"
+        return self.received
+
+    def hang_up(self, connection: http.client.HTTPConnection) -> None:
+        if self.is_alive() and connection.sock is not None:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+        self.join(30)
 
 
 def take_refused(waiting: list[http.client.HTTPConnection]) -> None:

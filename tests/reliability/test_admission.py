@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.harness import TINY_MODEL, Answer, Daemon, Installation, Json, eventually, merge, model_config
-from tests.streams import take_refused
+from tests.streams import Reading, take_refused
 
 MakeDaemon = Callable[..., Daemon]
 
@@ -39,11 +39,17 @@ def triton(priority: int = 5, tokens: int = 1) -> Json:
 
 
 @contextlib.contextmanager
-def endless(daemon: Daemon) -> Iterator[http.client.HTTPResponse]:
+def endless(daemon: Daemon) -> Iterator[None]:
     """A stream that has begun and does not end by itself."""
-    with daemon.streaming(f"{MODEL}/generate_stream", triton(tokens=ENDLESS)) as response:
+    with contextlib.closing(daemon.connect()) as connection:
+        connection.request("POST", f"{MODEL}/generate_stream", json.dumps(triton(tokens=ENDLESS)).encode())
+        response = connection.getresponse()
         assert response.status == 200 and response.readline().startswith(b"data:")
-        yield response
+        reading = Reading(response)
+        try:
+            yield
+        finally:
+            reading.hang_up(connection)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from endpoint.operations import template
 from engine.settings import ApiKeySettings
 from tests.endpoint.test_openapi import ADAPTERS, SETTINGS, planes
 from tests.harness import TINY_MODEL, Answer, Daemon, Installation, Json, eventually, merge, model_config
-from tests.streams import take_refused
+from tests.streams import Reading, take_refused
 
 NAME = "mindie-tiny"
 MODEL = f"/v2/models/{NAME}"
@@ -80,13 +80,17 @@ def ask(
 
 
 @contextlib.contextmanager
-def endless(daemon: Daemon, who: str, **members: str) -> Iterator[http.client.HTTPResponse]:
+def endless(daemon: Daemon, who: str, **members: str) -> Iterator[Reading]:
     """A stream that has begun and does not end by itself."""
     with sent(daemon, who, f"{MODEL}/generate_stream", {**TRITON, **members}) as connection:
         response = connection.getresponse()
         assert response.status == 200, response.read()
         assert response.readline().startswith(b"data:")
-        yield response
+        reading = Reading(response)
+        try:
+            yield reading
+        finally:
+            reading.hang_up(connection)
 
 
 # -- A20 ---------------------------------------------------------------------------------------------
@@ -153,17 +157,17 @@ def test_A21_wrong_keys_are_refused_and_told_once(guarded: Daemon) -> None:
 
 def test_A24_only_the_same_key_can_stop_a_request(guarded: Daemon) -> None:
     stop = f"{MODEL}/stopInfer"
-    with endless(guarded, "alice", id="mine") as response:
+    with endless(guarded, "alice", id="mine") as stream:
         refused = ask(guarded, "dora", stop, {"id": "mine"})
         assert refused.status == 404
         unknown = ask(guarded, "dora", stop, {"id": "never-was"})
         assert refused.json()["error"] == unknown.json()["error"], "nor learn of it"
         with endless(guarded, "dora", id="mine") as other:  # a name is the key's own
             assert ask(guarded, "dora", stop, {"id": "mine"}).status == 200
-            other.read()
-        assert response.readline() and response.readline()
+            other.whole()
+        stream.more()
         assert ask(guarded, "alice", stop, {"id": "mine"}).status == 200
-        assert response.read().rstrip().endswith(b"}"), "ended well"
+        assert stream.whole().rstrip().endswith(b"}"), "ended well"
 
 
 def test_A24_ids_of_requests_cannot_be_guessed(guarded: Daemon) -> None:
