@@ -14,10 +14,9 @@ from functools import partial
 
 from daemon.child import run_child
 from daemon.plan import ProcessSpec
+from daemon.signals import HANDLED
 from engine.wire.links import Control
 from engine.wire.vitals import Pulse
-
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,13 @@
-"""The parent's view of an instance's link: who may be touching its rings, and when it can begin anew."""
+"""The links between the endpoint and each leader: who may be touching the rings, and when they begin anew."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from daemon.family import Child, Family
 from engine.wire.links import InstanceWire
+from engine.wire.messages import EndpointDown, EndpointUp, InstanceDown, InstanceUp
 
 
 @dataclass(slots=True)
@@ -36,3 +39,52 @@ class Link:
             self.generation += 1
             self.broken = False
         return not self.broken
+
+
+class Links:
+    """One link per instance."""
+
+    def __init__(self, wires: Sequence[InstanceWire], family: Family) -> None:
+        self._links = [Link(wire) for wire in wires]
+        self._family = family
+
+    def __getitem__(self, instance: int) -> Link:
+        return self._links[instance]
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self._links)
+
+    @property
+    def complete(self) -> bool:
+        return all(link.complete for link in self._links)
+
+    def part_with(self, dead: Child, reason: str, *, final: bool) -> None:
+        """Break off what the dead child was part of, and tell those at the other ends.
+
+        `final`: it will not be replaced.
+        """
+        for link in self._links:
+            instance = link.wire.instance
+            if dead.is_endpoint and dead.identity in link.holders:
+                link.break_off()
+                for leader in self._family.workers(instance):
+                    if leader.identity in link.holders:
+                        leader.tell(EndpointDown())
+            elif not dead.is_endpoint and dead.spec.instance == instance:
+                link.break_off()
+                self._family.tell_endpoint(InstanceDown(instance, reason, final))
+            link.leave(dead.identity)
+
+    def join(self, open_doors: Callable[[], bool]) -> None:
+        """Tell every link that has begun anew to those of its two sides that live and do not know it yet."""
+        for link in self._links:
+            if not link.mend() or not open_doors():
+                continue
+            instance = link.wire.instance
+            endpoint, leader = self._family.endpoint, self._family.leader(instance)
+            if endpoint is not None and endpoint.listens and endpoint.identity not in link.holders:
+                link.holders.add(endpoint.identity)
+                endpoint.tell(InstanceUp(instance, link.generation))
+            if leader is not None and leader.listens and leader.identity not in link.holders:
+                link.holders.add(leader.identity)
+                leader.tell(EndpointUp(link.generation))

@@ -20,8 +20,9 @@ from daemon.config_check import check_config, url
 from daemon.forks import Birth, Forker
 from daemon.plan import plan_processes
 from daemon.reload import ConfigWatcher
-from daemon.rundir import Doors, make_run_dir, run_name, sweep_stale
-from daemon.supervisor import Limits, Supervisor, install_signal_pipe
+from daemon.rundir import make_run_dir, run_name, sweep_stale
+from daemon.signals import install_signal_pipe
+from daemon.supervisor import Limits, Supervisor
 from endpoint.context import EndpointContext
 from endpoint.tls import check_listeners
 from engine.errors import EXIT_OK, EXIT_USAGE, StartupError
@@ -198,7 +199,7 @@ def _supervise(
     log.info("configuration %s, %d worker(s)", settings.config_file, num_workers)
     forker = Forker(entry, sockets, wakeup_fd)
     vitals = Vitals(len(specs))
-    supervisor = Supervisor(specs, wires, forker, Doors(run_dir), vitals, limits, wakeup_fd, watcher)
+    supervisor = Supervisor(specs, wires, forker, run_dir, vitals, limits, wakeup_fd, watcher)
     code = supervisor.run()
     event = "stop mindie server" if supervisor.has_served or code == EXIT_OK else "start mindie server"
     audit("system", event, "success" if code == EXIT_OK else "fail")

@@ -42,33 +42,6 @@ def make_run_dir(parent: Path | None, name: str) -> Path:
     return path
 
 
-class Doors:
-    """The socket files, which are there only while somebody has still to connect.
-
-    Once everybody is connected nobody needs them: not even kill -9 leaves one behind then.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        """`run_dir`: from make_run_dir."""
-        self._run_dir = run_dir
-        self._number = 0
-        self.is_open = True
-
-    @property
-    def control_address(self) -> str:
-        return f"ipc://{self._run_dir}/ctl.{self._number}"
-
-    def open(self) -> None:
-        """Raises OSError."""
-        self._run_dir.mkdir(mode=0o700)
-        self._number += 1  # the socket of before is still connected to those who came in by it
-        self.is_open = True
-
-    def close(self) -> None:
-        shutil.rmtree(self._run_dir, ignore_errors=True)
-        self.is_open = False
-
-
 def sweep_stale(parent: Path | None) -> None:
     """Remove run directories and shared memory of our own dead runs; touch nothing else."""
     for base in {parent or Path(tempfile.gettempdir()), Path(SHM_DIR)}:

@@ -16,8 +16,6 @@ the replacement is forked. An endpoint is forked at once: it takes its listening
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import select
@@ -27,29 +25,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from types import FrameType
+from pathlib import Path
 
-import psutil
-import zmq
-
-from daemon.forks import HANDLED, Birth, Forker
-from daemon.links import Link
+from daemon.doors import Doors
+from daemon.family import Child, Family
+from daemon.forks import Birth, Forker
+from daemon.links import Links
+from daemon.orphans import adopt_orphans, kill_stragglers
 from daemon.plan import ProcessSpec
 from daemon.reload import ConfigWatcher
 from daemon.restarts import MOST_DEATHS, WINDOW_S, RestartPolicy
-from daemon.rundir import Doors
+from daemon.signals import drain_signals
 from engine.errors import EXIT_CHILD_DIED, EXIT_INIT, EXIT_OK
 from engine.logs.room import audit
-from engine.wire.channel import ControlHub
 from engine.wire.links import InstanceWire
 from engine.wire.messages import (
     Drain,
-    EndpointDown,
-    EndpointUp,
     Fatal,
     Hello,
     InstanceDown,
-    InstanceUp,
     Linked,
     Message,
     Progress,
@@ -71,40 +65,12 @@ _LOOKS = 2  # in a row that must find a deadline missed: after Ctrl+Z the childr
 _PROGRESS_EVERY_S = 5.0
 _LAST_WORDS_S = 0.5  # a dying child's reason may arrive just after its SIGCHLD
 
-_PR_SET_CHILD_SUBREAPER = 36
-
 
 class State(Enum):
     BOOTING = "booting"
     SERVING = "serving"
     DRAINING = "draining"
     STOPPING = "stopping"
-
-
-@dataclass(slots=True)
-class Child:
-    birth: Birth
-    pid: int
-    boot_deadline: float
-    ready: bool = False
-    last_progress: float = 0.0  # when it was last logged
-    hub: ControlHub | None = None  # where it has said Hello
-    fatal: Fatal | None = None
-    verdict: str = ""  # why it is being ended by us
-    doomed: bool = False  # another rank of its group has died
-    looks_overdue: int = 0
-
-    @property
-    def spec(self) -> ProcessSpec:
-        return self.birth.spec
-
-    @property
-    def identity(self) -> str:
-        return self.birth.identity
-
-    @property
-    def is_endpoint(self) -> bool:
-        return self.birth.spec.role == "endpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +87,18 @@ class Supervisor:
         specs: Sequence[ProcessSpec],
         wires: Sequence[InstanceWire],
         forker: Forker,
-        doors: Doors,
+        run_dir: Path,
         vitals: Vitals,
         limits: Limits,
         wakeup_fd: int,
         watcher: ConfigWatcher,
     ) -> None:
-        """`wires`: one per instance. `wakeup_fd`: from install_signal_pipe."""
+        """`wires`: one per instance. `run_dir`: from make_run_dir. `wakeup_fd`: from install_signal_pipe."""
         self._specs = specs
-        self._links = [Link(wire) for wire in wires]
+        self._family = Family()
+        self._links = Links(wires, self._family)
+        self._doors = Doors(run_dir, self._family)
         self._forker = forker
-        self._doors = doors
         self._vitals = vitals
         self._limits = limits
         self._wakeup_fd = wakeup_fd
@@ -142,37 +109,28 @@ class Supervisor:
         self._next_look = 0.0
         self._exit_code = EXIT_OK
         self.has_served = False
-        self._children: dict[int, Child] = {}
         self._births = 0
         self._missing: dict[ProcessSpec, float] = {}  # to be forked, and not before when
         self._died: dict[ProcessSpec, float] = {}  # until the replacement serves
-        # one behind every door that a living child came in by: libzmq closes connections with their door
-        self._hubs: list[ControlHub] = []
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
     def run(self) -> int:
-        _adopt_orphans()
+        adopt_orphans()
         self._deadline = time.monotonic() + self._limits.init_timeout_s
         for spec in self._specs:
             self._fork(spec)
-        # libzmq starts threads with its context, so not before the first forks
-        self._context = zmq.Context()
-        self._hubs.append(ControlHub(self._context, self._doors.control_address))
+        self._doors.begin()
         try:
-            while self._children or self._missing:
-                hubs = [hub.fileno() for hub in self._hubs]
-                select.select([self._wakeup_fd, *hubs], [], [], self._patience())
-                for number in _drain_signals(self._wakeup_fd):
+            while self._family or self._missing:
+                select.select([self._wakeup_fd, *self._doors.filenos()], [], [], self._patience())
+                for number in drain_signals(self._wakeup_fd):
                     self._on_signal(number)
                 self._read_messages()
                 self._reap()
                 self._read_messages()
                 self._keep_time()
         finally:
-            for hub in self._hubs:
-                hub.close()
-            self._context.term()
-            _kill_stragglers()
+            self._doors.end()
+            kill_stragglers()
         return self._exit_code
 
     # -- forking ------------------------------------------------------------------------------------
@@ -187,19 +145,19 @@ class Supervisor:
         birth = Birth(spec, self._births, generation, pulse)
         self._births += 1
         pid = self._forker.fork(birth, self._doors.control_address)
-        self._children[pid] = Child(birth, pid, time.monotonic() + self._limits.init_timeout_s)
+        self._family.add(Child(birth, pid, time.monotonic() + self._limits.init_timeout_s))
         if spec.role == "worker" and spec.rank == 0:
             link.holders.add(birth.identity)
         log.info("%s pid=%d started", spec, pid)
 
     def _fork_missing(self, now: float) -> None:
         for spec, due in list(self._missing.items()):
-            if due > now or not self._open_doors():
+            if due > now or not self._doors.open():
                 continue
             if spec.role == "worker":
                 link = self._links[spec.instance]
                 # a half-dead group hangs: its ranks begin together, once the last of them has been reaped
-                if any(child.doomed for child in self._workers(spec.instance)) or not link.mend():
+                if any(child.doomed for child in self._family.workers(spec.instance)) or not link.mend():
                     continue
             try:
                 self._fork(spec)
@@ -207,28 +165,9 @@ class Supervisor:
                 log.error("%s cannot be started: %s", spec, error)
                 self._on_death(spec, str(error))
 
-    def _open_doors(self) -> bool:
-        """Let children connect, to the parent and to each other; whether they can."""
-        if self._doors.is_open:
-            return True
-        assert self._context is not None
-        in_use = {id(child.hub) for child in self._children.values()}
-        for hub in [hub for hub in self._hubs if id(hub) not in in_use]:
-            self._hubs.remove(hub)
-            hub.close()
-        try:
-            self._doors.open()
-            self._hubs.append(ControlHub(self._context, self._doors.control_address))
-        except (OSError, zmq.ZMQError) as error:
-            log.error("no place for sockets, trying again: %s", error)
-            self._doors.close()
-            return False
-        return True
-
     def _close_doors(self) -> None:
         """Once everybody is connected to everybody."""
-        everybody = not self._missing and all(child.ready for child in self._children.values())
-        if everybody and all(link.complete for link in self._links):
+        if not self._missing and not self._family.unready and self._links.complete:
             self._doors.close()
 
     # -- what happens -------------------------------------------------------------------------------
@@ -250,27 +189,26 @@ class Supervisor:
         else:
             log.warning("%s (%d) received again: stopping at once", name, number)
             self._stop()
-            self._signal_children(signal.SIGKILL)
+            self._family.signal(signal.SIGKILL)
 
     def _read_messages(self) -> None:
-        for hub in self._hubs:
-            for identity, message in hub.receive():
-                child = next((c for c in self._children.values() if c.identity == identity), None)
-                if child is not None:
-                    child.hub = hub
-                    self._on_message(child, message)
+        for child, message in self._doors.receive():
+            if message is None:  # whatever it is, it is not in its right mind
+                self._condemn(child, "it sent a frame that is no message")
+            else:
+                self._on_message(child, message)
 
     def _on_message(self, child: Child, message: Message) -> None:
         match message:
             case Hello():
-                self._join_links()
+                self._links.join(self._doors.open)
             case Ready():
                 self._on_ready(child, message.detail)
             case Quiet():
                 link = self._links[message.instance]
                 if message.generation == link.generation:
                     link.leave(child.identity)
-                    self._join_links()
+                    self._links.join(self._doors.open)
             case Linked():
                 self._on_linked(message)
             case Progress():
@@ -284,13 +222,13 @@ class Supervisor:
                 log.warning("unexpected %s from %s", type(message).__name__, child.spec)
 
     def _on_ready(self, child: Child, detail: str) -> None:
-        log.info("%s pid=%d ready: %s", child.spec, child.pid, detail)
+        log.info("%s ready: %s", child, detail)
         child.ready = True
         if child.is_endpoint:
             self._note_healed(child.spec)
             if self._watcher.in_force is not None:  # it was forked with what held at the start
-                self._tell(child, self._watcher.in_force)
-        if self._state is State.BOOTING and all(c.ready for c in self._children.values()):
+                child.tell(self._watcher.in_force)
+        if self._state is State.BOOTING and not self._family.unready:
             self._serve()
         self._close_doors()
 
@@ -298,7 +236,7 @@ class Supervisor:
         link = self._links[message.instance]
         if message.generation == link.generation:
             link.complete = True
-            for child in self._workers(message.instance):
+            for child in self._family.workers(message.instance):
                 self._note_healed(child.spec)
             self._close_doors()
 
@@ -308,36 +246,36 @@ class Supervisor:
             log.warning("%s serves again, %.1f s after its death", spec, time.monotonic() - died)
 
     def _on_progress(self, child: Child, message: Progress) -> None:
-        self._tell_endpoint(message)
+        self._family.tell_endpoint(message)
         now = time.monotonic()
         if message.fraction >= 1.0 or now - child.last_progress > _PROGRESS_EVERY_S:
             log.info("%s: %s %.0f %%", child.spec, message.phase, message.fraction * 100)
             child.last_progress = now
 
     def _reap(self) -> None:
-        while self._children:
+        while self._family:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            child = self._children.get(pid)
+            child = self._family.get(pid)
             if child is None:
                 continue
             if os.waitstatus_to_exitcode(status) > 0 and child.fatal is None:
                 self._await_last_words(child)
-            del self._children[pid]
+            self._family.remove(child)
             self._on_exit(child, os.waitstatus_to_exitcode(status))
 
     def _await_last_words(self, child: Child) -> None:
         until = time.monotonic() + _LAST_WORDS_S
         while child.fatal is None and time.monotonic() < until:
-            select.select([hub.fileno() for hub in self._hubs], [], [], 0.02)
+            select.select(self._doors.filenos(), [], [], 0.02)
             self._read_messages()
 
     def _on_exit(self, child: Child, code: int) -> None:
         """`code` as in os.waitstatus_to_exitcode: negative for a signal."""
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         if self._state is State.STOPPING:
-            log.info("%s pid=%d %s", child.spec, child.pid, how)
+            log.info("%s %s", child, how)
             return
         if self._state is State.DRAINING and child.is_endpoint and code == 0:
             log.info("endpoint pid=%d has drained", child.pid)
@@ -345,14 +283,14 @@ class Supervisor:
             return
         reason = child.verdict or (child.fatal.reason if child.fatal else how)
         if self._state is State.BOOTING:
-            log.error("start failed: %s pid=%d: %s", child.spec, child.pid, reason)
+            log.error("start failed: %s: %s", child, reason)
             self._exit_code = child.fatal.exit_code if child.fatal else EXIT_INIT
             self._stop()
             return
-        self._leave_links(child, reason)
+        self._links.part_with(child, reason, final=self._state is not State.SERVING)
         if child.doomed:
             return
-        log.error("%s pid=%d died: %s", child.spec, child.pid, reason)
+        log.error("%s died: %s", child, reason)
         self._on_death(child.spec, reason)
 
     def _keep_time(self) -> None:
@@ -363,7 +301,7 @@ class Supervisor:
         if self._state is State.SERVING:
             self._fork_missing(now)
             if (message := self._watcher.poll()) is not None:
-                self._tell_endpoint(message)
+                self._family.tell_endpoint(message)
         elif now >= self._deadline:
             self._on_deadline()
 
@@ -377,7 +315,7 @@ class Supervisor:
 
     def _on_deadline(self) -> None:
         if self._state is State.BOOTING:
-            waiting = ", ".join(str(c.spec) for c in self._children.values() if not c.ready)
+            waiting = ", ".join(str(child.spec) for child in self._family.unready)
             log.error("start failed: %s", self._not_ready(waiting))
             self._exit_code = EXIT_INIT
             self._stop()
@@ -385,9 +323,9 @@ class Supervisor:
             log.warning("the endpoint did not end in time")
             self._stop()
         elif self._state is State.STOPPING:
-            names = ", ".join(f"{c.spec} pid={c.pid}" for c in self._children.values())
+            names = ", ".join(map(str, self._family))
             log.warning("still alive %.0f s after TERM, killing: %s", _TERM_GRACE_S, names)
-            self._signal_children(signal.SIGKILL)
+            self._family.signal(signal.SIGKILL)
             self._deadline = time.monotonic() + _TERM_GRACE_S
 
     def _not_ready(self, who: str) -> str:
@@ -402,22 +340,24 @@ class Supervisor:
         """End those that have missed their own deadline, or that do not get ready."""
         if self._state is State.STOPPING:
             return
-        for child in self._children.values():
+        for child in self._family:
             if child.verdict:
                 os.kill(child.pid, signal.SIGKILL)  # it was given a second for the stacks
                 continue
             overdue_s = self._vitals.overdue_s(self._specs.index(child.spec))
             child.looks_overdue = child.looks_overdue + 1 if overdue_s > 0 else 0
             if child.looks_overdue >= _LOOKS:
-                child.verdict = (
-                    f"no progress, {overdue_s:.0f} s beyond its time limit "
-                    "(BackendConfig.runtimeConfig.stepTimeoutSec)"
-                )
+                limit = "BackendConfig.runtimeConfig.stepTimeoutSec"
+                self._condemn(child, f"no progress, {overdue_s:.0f} s beyond its time limit ({limit})")
             elif self._state is State.SERVING and not child.ready and now >= child.boot_deadline:
-                child.verdict = self._not_ready(str(child.spec))
-            if child.verdict:
-                log.error("%s pid=%d: %s; ending it", child.spec, child.pid, child.verdict)
-                os.kill(child.pid, signal.SIGABRT)  # faulthandler writes where it hangs, unless it is stopped
+                self._condemn(child, self._not_ready(str(child.spec)))
+
+    def _condemn(self, child: Child, verdict: str) -> None:
+        """End it: now if it can, at the next look if it cannot."""
+        if not child.verdict:
+            child.verdict = verdict
+            log.error("%s: %s; ending it", child, verdict)
+            os.kill(child.pid, signal.SIGABRT)  # faulthandler writes where it hangs, unless it is stopped
 
     def _on_death(self, spec: ProcessSpec, reason: str) -> None:
         """A child is no more, and its links have been broken off: replace it, or give up."""
@@ -429,10 +369,10 @@ class Supervisor:
         self._died.setdefault(spec, now)
         group = [s for s in self._specs if (s.role, s.instance) == (spec.role, spec.instance)]
         self._missing |= dict.fromkeys(group, now + delay)
-        for rank in self._workers(spec.instance) if spec.role == "worker" else ():
+        for rank in self._family.workers(spec.instance) if spec.role == "worker" else ():
             rank.doomed = True
             os.kill(rank.pid, signal.SIGKILL)
-        self._join_links()
+        self._links.join(self._doors.open)
 
     def _give_up(self, spec: ProcessSpec, reason: str) -> None:
         self._exit_code = EXIT_CHILD_DIED
@@ -442,40 +382,10 @@ class Supervisor:
                 MOST_DEATHS, WINDOW_S, spec, reason,
             )  # fmt: skip
             for link in self._links:
-                self._tell_endpoint(InstanceDown(link.wire.instance, reason, final=True))
+                self._family.tell_endpoint(InstanceDown(link.wire.instance, reason, final=True))
             self._drain(_FAILED_DRAIN_S)
         elif spec.role == "endpoint":
             self._stop()
-
-    def _leave_links(self, child: Child, reason: str) -> None:
-        """Break off what the dead child was part of, and tell those at the other ends."""
-        final = self._state is not State.SERVING
-        for link in self._links:
-            instance = link.wire.instance
-            if child.is_endpoint and child.identity in link.holders:
-                link.break_off()
-                for leader in self._workers(instance):
-                    if leader.identity in link.holders:
-                        self._tell(leader, EndpointDown())
-            elif not child.is_endpoint and child.spec.instance == instance:
-                link.break_off()
-                self._tell_endpoint(InstanceDown(instance, reason, final))
-            link.leave(child.identity)
-
-    def _join_links(self) -> None:
-        """Tell every link that has begun anew to those of its two sides that live and do not know it yet."""
-        endpoint = self._endpoint()
-        for link in self._links:
-            if not link.mend() or not self._open_doors():
-                continue
-            instance = link.wire.instance
-            leader = next((c for c in self._workers(instance) if c.spec.rank == 0), None)
-            if endpoint is not None and endpoint.hub and endpoint.identity not in link.holders:
-                link.holders.add(endpoint.identity)
-                self._tell(endpoint, InstanceUp(instance, link.generation))
-            if leader is not None and leader.hub and leader.identity not in link.holders:
-                link.holders.add(leader.identity)
-                self._tell(leader, EndpointUp(link.generation))
 
     # -- what is done about it ----------------------------------------------------------------------
 
@@ -492,16 +402,16 @@ class Supervisor:
             sys.stdout = None  # else the interpreter tries again at exit
 
     def _drain(self, seconds: float) -> None:
-        endpoint = self._endpoint()
+        endpoint = self._family.endpoint
         if endpoint is None or not endpoint.ready:  # nobody is served
             self._stop()
             return
         self._state = State.DRAINING
         self._deadline = time.monotonic() + seconds + _DRAIN_SLACK_S
-        self._tell(endpoint, Drain(seconds))
+        endpoint.tell(Drain(seconds))
         for spec in self._missing:
             if spec.role == "worker":  # after the Drain: else it would look like giving up
-                self._tell(endpoint, InstanceDown(spec.instance, "the service is stopping", final=True))
+                endpoint.tell(InstanceDown(spec.instance, "the service is stopping", final=True))
         self._missing.clear()
 
     def _stop(self) -> None:
@@ -509,65 +419,4 @@ class Supervisor:
         self._missing.clear()
         self._deadline = time.monotonic() + _TERM_GRACE_S
         self._forker.close_listeners()
-        self._signal_children(signal.SIGTERM)
-
-    def _endpoint(self) -> Child | None:
-        return next((child for child in self._children.values() if child.is_endpoint), None)
-
-    def _workers(self, instance: int) -> list[Child]:
-        mine = (child for child in self._children.values() if not child.is_endpoint)
-        return [child for child in mine if child.spec.instance == instance]
-
-    def _tell_endpoint(self, message: Message) -> None:
-        endpoint = self._endpoint()
-        if endpoint is not None:
-            self._tell(endpoint, message)
-
-    def _tell(self, child: Child, message: Message) -> None:
-        """A message to a child that has not said Hello yet is dropped."""
-        if child.hub is not None:
-            child.hub.send(child.identity, message)
-
-    def _signal_children(self, number: int) -> None:
-        """Recorded pids only, never a group: the terminal's group is not ours alone."""
-        for pid in self._children:
-            os.kill(pid, number)  # not yet reaped, so the pid is still theirs
-
-
-def install_signal_pipe() -> int:
-    """Let signals write their number to a pipe; all work happens in the loop that reads it.
-
-    SIGHUP stays ignored where it was: under nohup it must not even wake us.
-    """
-    read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    for number in HANDLED:
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _nothing)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)  # launch.py holds them back until now
-    return read_fd
-
-
-def _nothing(number: int, frame: FrameType | None) -> None:
-    """A Python handler must exist for the wakeup fd to be written."""
-
-
-def _drain_signals(read_fd: int) -> bytes:
-    try:
-        return os.read(read_fd, 4096)
-    except BlockingIOError:
-        return b""
-
-
-def _kill_stragglers() -> None:
-    """End grandchildren (operator compilers of a device stack) that outlived their parents."""
-    stragglers = psutil.Process().children(recursive=True)
-    for process in stragglers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(stragglers, timeout=_LAST_WORDS_S)
-
-
-def _adopt_orphans() -> None:
-    """Make orphaned grandchildren our children instead of init's, so that they can be found at the end."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._family.signal(signal.SIGTERM)

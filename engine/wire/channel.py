@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import zmq
 
-from engine.wire.codec import decode, encode
+from engine.wire.codec import WireError, decode, encode
 from engine.wire.messages import Message
 
 # A child that dies wants its last words delivered, but not to hang on a parent that is gone.
@@ -110,10 +110,15 @@ class ControlHub:
         """A message to a child that is not connected is dropped."""
         self._socket.send_multipart([identity.encode(), encode(message)], zmq.DONTWAIT)
 
-    def receive(self) -> Iterator[tuple[str, Message]]:
+    def receive(self) -> Iterator[tuple[str, Message | None]]:
+        """Everything that has arrived, and from whom; None for what is no message."""
         while _events(self._socket) & zmq.POLLIN:
-            identity, frame = self._socket.recv_multipart(zmq.DONTWAIT)
-            yield identity.decode(), decode(frame)
+            identity, *frames = self._socket.recv_multipart(zmq.DONTWAIT)
+            try:
+                message = decode(b"".join(frames))
+            except WireError:
+                message = None
+            yield identity.decode(errors="replace"), message
 
     def close(self) -> None:
         self._socket.close()

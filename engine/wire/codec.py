@@ -57,9 +57,12 @@ def decode(frame: bytes) -> m.Message:
         raise WireError(f"not a message: {type(error).__name__}") from None
     if len(values) != len(_FIELDS[cls]):
         raise WireError(f"{cls.__name__}: {len(values)} fields instead of {len(_FIELDS[cls])}")
-    if cls is m.Submit:
-        values[-1] = SamplingParams(*values[-1])
-    return cls(*values)
+    try:
+        if cls is m.Submit:
+            values[-1] = SamplingParams(*values[-1])
+        return cls(*values)
+    except TypeError:
+        raise WireError(f"{cls.__name__}: its fields are not what they should be") from None
 
 
 def _pack_sampling(params: SamplingParams) -> list[Any]:

@@ -117,6 +117,25 @@ def test_a_ring_keeps_order_and_refuses_when_full() -> None:
                 received += 1
 
 
+def test_F26_the_parent_survives_what_is_no_message_and_knows_who_sent_it(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    hub = ControlHub(context, f"ipc://{tmp_path}/ctl")
+    child = context.socket(zmq.DEALER)
+    child.setsockopt(zmq.IDENTITY, b"worker.0.0.7")
+    child.connect(f"ipc://{tmp_path}/ctl")
+    good = encode(m.Ready("here"))
+    submit = msgpack.packb([1, 7, 3, 5, [], ["not", "sampling", "parameters", *[0] * 99]])
+    for frames in ([b"\xc1"], [submit], [b"", b""], [good[:-1]], [good, good], [good]):
+        child.send_multipart(frames)
+    got: list[tuple[str, m.Message | None]] = []
+    while len(got) < 6:
+        got.extend(hub.receive())
+    assert got == [*[("worker.0.0.7", None)] * 5, ("worker.0.0.7", m.Ready("here"))]
+    child.close()
+    hub.close()
+    context.term()
+
+
 def test_a_reset_ring_is_empty_and_starts_anew() -> None:
     ring = create_ring(_name(), slots=3, slot_bytes=16)
     old = RingWriter(ring, generation=4)
