@@ -80,7 +80,7 @@ def own_daemon(config: Json) -> Iterator[OwnDaemon]:
         file = root / "conf" / "config.json"
         file.write_text(json.dumps(config), encoding="utf-8")
         file.chmod(0o640)
-        environ = {"MINDIE_LOG_PATH": folder, **os.environ, "MINDIE_LLM_HOME_PATH": folder}
+        environ = {"MINDIE_LOG_PATH": f"{folder}/logs", **os.environ, "MINDIE_LLM_HOME_PATH": folder}
         with (root / "out").open("wb") as out, (root / "log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", _LAUNCH], cwd=root, env=environ, stdin=subprocess.DEVNULL,
