@@ -52,10 +52,6 @@ class Doors:
         if self._is_open:
             return True
         assert self._context is not None
-        in_use = {id(child.hub) for child in self._family}
-        for hub in [hub for hub in self._hubs if id(hub) not in in_use]:
-            self._hubs.remove(hub)
-            hub.close()
         try:
             self._run_dir.mkdir(mode=0o700)
             self._number += 1  # the socket of before is still connected to those who came in by it
@@ -77,9 +73,17 @@ class Doors:
 
     def receive(self) -> Iterator[tuple[Child, Message | None]]:
         """What children say; None for what is no message. Words of those that are no more are dropped."""
+        self._close_deserted_hubs()
         for hub in list(self._hubs):
             for identity, message in hub.receive():
                 child = next((child for child in self._family if child.identity == identity), None)
                 if child is not None:
                     child.hub = hub
                     yield child, message
+
+    def _close_deserted_hubs(self) -> None:
+        """Those nobody came in by who lives, but for the newest, which may still be waiting for somebody."""
+        in_use = {id(child.hub) for child in self._family}
+        for hub in [hub for hub in self._hubs[:-1] if id(hub) not in in_use]:
+            self._hubs.remove(hub)
+            hub.close()
