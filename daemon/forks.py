@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -11,12 +12,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 from daemon.child import run_child
 from daemon.plan import ProcessSpec
 from daemon.signals import HANDLED
+from engine.errors import EXIT_INIT
 from engine.wire.links import Control
 from engine.wire.vitals import Pulse
+
+log = logging.getLogger("server.child")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +58,26 @@ class Forker:
         self._ours = _open_fds()
 
     def fork(self, birth: Birth, control_address: str) -> int:
-        """The child's pid. `control_address`: where the parent listens, or is about to."""
+        """The child's pid. `control_address`: where the parent listens, or is about to. Raises OSError."""
         if not self._ours:
             self.settle()
         _flush_stderr()
         # a signal that met a child before it has its own handlers would be written to our pipe
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
-        with warnings.catch_warnings():
-            # Python 3.12 warns of the threads that libzmq has by now; a child touches nothing of theirs
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
-        if pid == 0:
+        try:
+            with warnings.catch_warnings():
+                # Python 3.12 warns of the threads that libzmq has by now; a child touches nothing of theirs
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+            if pid == 0:
+                self._become(birth, control_address)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+        return pid
+
+    def _become(self, birth: Birth, control_address: str) -> NoReturn:
+        """In the child. It must not return by any way: it would go on as a second parent."""
+        try:
             self._close_what_is_not_for(birth.spec)
             run_child(
                 self._parent_pid,
@@ -72,8 +86,10 @@ class Forker:
                 birth.identity,
                 partial(self._entry, birth),
             )
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
-        return pid
+        except Exception:
+            log.exception("%s could not begin", birth.spec)
+        finally:
+            os._exit(EXIT_INIT)
 
     def close_listeners(self) -> None:
         """From now on connections are refused, unless an endpoint still holds them."""
@@ -82,14 +98,15 @@ class Forker:
 
     def _close_what_is_not_for(self, spec: ProcessSpec) -> None:
         for fd in _open_fds() - self._ours | {self._lifeline_write, self._wakeup_fd}:
-            with contextlib.suppress(OSError):  # the descriptor that listed them
+            with contextlib.suppress(OSError):  # closed all the same: the error is about an older write
                 os.close(fd)
         if spec.role != "endpoint":
             self.close_listeners()
 
 
 def _open_fds() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}
+    listed = [int(name) for name in os.listdir("/proc/self/fd")]
+    return {fd for fd in listed if os.path.exists(f"/proc/self/fd/{fd}")}  # not the one they were listed by
 
 
 def _flush_stderr() -> None:

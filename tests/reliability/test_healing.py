@@ -181,6 +181,20 @@ def test_F03_a_request_seen_in_two_crashes_fails_and_the_rest_go_on(make_daemon:
     assert daemon.stop() == 0
 
 
+def test_F01_a_worker_that_dies_again_is_replaced_again(make_daemon: MakeDaemon) -> None:
+    """The second one comes after a pause: what the parent hears meanwhile comes by doors it is about to close."""
+    daemon = make_daemon(MOCK).start().wait_ready()
+    for count in range(1, 4):
+        daemon.child("worker").kill()
+        eventually(
+            lambda n=count: len(mentions(daemon, "role=worker", "serves again")) == n,  # type: ignore[misc]
+            30.0,
+            "replaced",
+        )
+        serves_again(daemon)
+    assert daemon.stop() == 0
+
+
 def test_F04_five_deaths_in_a_minute_end_the_service(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(MOCK).start().wait_ready()
     for count in range(1, 6):
