@@ -23,6 +23,7 @@ class Link:
     broken: bool = False
     complete: bool = False  # the leader has greeted the endpoint over it
     holders: set[str] = field(default_factory=set)  # identities of the children that may touch the rings
+    owed_word: set[str] = field(default_factory=set)  # those that have to let go and cannot be told yet
 
     def break_off(self) -> None:
         self.broken = True
@@ -30,6 +31,7 @@ class Link:
 
     def leave(self, identity: str) -> None:
         self.holders.discard(identity)
+        self.owed_word.discard(identity)
 
     def mend(self) -> bool:
         """Begin anew if that is needed and nobody holds the rings any more; whether the link can be used."""
@@ -67,9 +69,8 @@ class Links:
             instance = link.wire.instance
             if dead.is_endpoint and dead.identity in link.holders:
                 link.break_off()
-                for leader in self._family.workers(instance):
-                    if leader.identity in link.holders:
-                        leader.tell(EndpointDown())
+                link.owed_word = link.holders - {dead.identity}
+                self._tell_to_let_go(link)
             elif not dead.is_endpoint and dead.spec.instance == instance:
                 link.break_off()
                 self._family.tell_endpoint(InstanceDown(instance, reason, final))
@@ -78,6 +79,7 @@ class Links:
     def join(self, open_doors: Callable[[], bool]) -> None:
         """Tell every link that has begun anew to those of its two sides that live and do not know it yet."""
         for link in self._links:
+            self._tell_to_let_go(link)
             if not link.mend() or not open_doors():
                 continue
             instance = link.wire.instance
@@ -88,3 +90,10 @@ class Links:
             if leader is not None and leader.listens and leader.identity not in link.holders:
                 link.holders.add(leader.identity)
                 leader.tell(EndpointUp(link.generation))
+
+    def _tell_to_let_go(self, link: Link) -> None:
+        """Its leader, that the endpoint is gone; one that has just been forked hears it after its Hello."""
+        leader = self._family.leader(link.wire.instance)
+        if leader is not None and leader.listens and leader.identity in link.owed_word:
+            link.owed_word.discard(leader.identity)
+            leader.tell(EndpointDown())
