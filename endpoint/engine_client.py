@@ -143,6 +143,8 @@ class EngineClient:
             log.exception("instance %d died with records that cannot be read", link.instance)
 
     def _park(self, part: Part) -> None:
+        if part.over:
+            return
         part.prompt_rows = [] if not any(part.outputs) else part.prompt_rows  # told once more, from the start
         if len(self._given_up) == len(self._links):
             part.flight.fail(EngineFailed(_DIED))
@@ -161,9 +163,12 @@ class EngineClient:
 
     async def _begin_to_serve(self, link: InstanceLink, ready: EngineReady) -> None:
         """A new leader has greeted: give it the adapters it lacks, then the requests that wait."""
-        generation = link.generation
-        while link.ends is not None and not link.ends.commands.connected:
+        ends = link.ends
+        assert ends is not None
+        while not ends.commands.connected:
             await asyncio.sleep(_CONNECT_S)
+            if link.ends is not ends:
+                return  # it has died again; what comes next is its successor's
         has = dict(ready.adapters)
         wanted = self._wanted_adapters(has)
         commands: list[LoraLoad | LoraUnload] = [LoraUnload(name) for name in has if name not in wanted]
@@ -173,13 +178,14 @@ class EngineClient:
                 fault = await self._change_adapter(link, command)
             except ServerError as error:
                 fault = str(error)
+            if link.ends is not ends:
+                return
             if fault:
                 log.error("instance %d, adapter %s: %s", link.instance, command.name, fault)
-        if link.generation == generation and link.ends is not None:
-            link.serving = True
-            self._changed.set()
-            self._on_serving(link.instance, generation)
-            self._unpark()
+        link.serving = True
+        self._changed.set()
+        self._on_serving(link.instance, link.generation)
+        self._unpark()
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Let it run beside everything else; its failure is ours."""
@@ -314,7 +320,7 @@ class EngineClient:
             link.num_parts += 1  # while it waits for the lock as well: others are to see it
             try:
                 async with link.prompt_lock:
-                    if part.flight.over or await self._write(part, link):
+                    if part.over or await self._write(part, link):
                         return
             finally:
                 if part.link is not link:
@@ -364,7 +370,7 @@ class EngineClient:
         if branch in part.ended:
             return
         part.ended.add(branch)
-        if len(part.ended) == flight.branches:
+        if part.all_ended:
             self._close_part(part)
         elif part.link is not None:
             part.link.send(Abort(part.request_id, branch))
@@ -414,7 +420,7 @@ class EngineClient:
                 flight.note_preemptions(part, row.preemptions, row.queue_wait_us)
             if row.finish:
                 part.ended.add(row.branch)
-                if len(part.ended) == flight.branches:
+                if part.all_ended:
                     self._forget(part)
                 elif row.error:
                     self._close_part(part)  # nobody waits for its other branches any more

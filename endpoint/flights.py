@@ -65,6 +65,15 @@ class Part:
     crashes: int = 0  # of instances it was in
 
     @property
+    def all_ended(self) -> bool:
+        return len(self.ended) == self.flight.branches
+
+    @property
+    def over(self) -> bool:
+        """Nobody waits for further tokens of it; those of the flight's other parts may still come."""
+        return self.all_ended or self.flight.over
+
+    @property
     def resumable(self) -> bool:
         """Whether another engine can go on with it: not in the middle of telling what a beam search found."""
         return not (self.sampling.beam_search and any(self.outputs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from engine.sampling_params import SamplingParams
 from engine.wire import layout, sizes
 from engine.wire.channel import Channel
 from engine.wire.links import InstanceWire
-from engine.wire.messages import ENDED, Abort, EngineReady, Message, Submit
+from engine.wire.messages import ENDED, Abort, EngineReady, LoraDone, LoraLoad, Message, Submit
 from engine.wire.ring import RingReader, RingWriter, create_ring
 
 SLOTS = 3
 SLOT_TOKENS = 64
+HALF_BLOCKS = 7
 
 
 class Engine:
@@ -41,6 +42,7 @@ class Engine:
         self.seen: dict[int, list[int]] = {}  # request -> its prompt
         self.outputs: dict[int, list[list[int] | None]] = {}  # request -> what its branches have already
         self.aborted: list[tuple[int, int]] = []
+        self.loads: list[str] = []  # adapters
 
     def greet(self) -> None:
         assert self.events.wait_connected(5.0)
@@ -75,6 +77,9 @@ class Engine:
             self.outputs[message.request_id] = outputs
         elif isinstance(message, Abort):
             self.aborted.append((message.request_id, message.branch))
+        elif isinstance(message, LoraLoad):
+            self.loads.append(message.name)
+            self.events.send(LoraDone(message.name, ""))
 
     def say(self, *outcomes: Outcome) -> None:
         slot = self.tokens.reserve()
@@ -90,11 +95,21 @@ class Parent:
         self, wires: list[InstanceWire], context: zmq.Context[zmq.Socket[bytes]], client: EngineClient
     ) -> None:
         self._wires, self._context, self._client = wires, context, client
-        self._engines: list[Engine] = []  # kept for as long as their sockets are open
+        # kept for as long as their sockets are open
+        self._engines: list[Engine] = []
+        self._channels: list[Channel] = []
 
     def kill(self, engine: Engine, *, final: bool = False) -> int:
         engine.die()
         return self._client.close_instance(engine.instance, final=final)
+
+    def replace_half(self, instance: int, generation: int) -> None:
+        """By one that greets but never listens."""
+        self._client.open_instance(instance, generation)
+        events = Channel(self._context, zmq.PUSH, self._wires[instance].event_address(generation))
+        self._channels.append(events)
+        assert events.wait_connected(5.0)
+        events.send(EngineReady(instance, 100, 64, 128, HALF_BLOCKS, "cpu", "float32"))
 
     async def replace(self, instance: int, generation: int) -> Engine:
         wire = self._wires[instance]
@@ -111,8 +126,9 @@ def run(
     folder: Path,
     work: Callable[..., Awaitable[None]],
     instances: int = 1,
+    wanted: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda has: has,
 ) -> None:
-    """`work(client, engines)`, or with a third parameter `parent`."""
+    """`work(client, engines)`, or with a third parameter `parent`. `wanted`: adapters, as EngineClient has it."""
 
     def wire(number: int) -> InstanceWire:
         name = f"mindie_test_{os.getpid()}_{random.getrandbits(64):x}"
@@ -126,7 +142,7 @@ def run(
     async def all_of_it() -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         wires = [wire(number) for number in range(instances)]
-        client = EngineClient(wires, context, lambda has: has, lambda *_: None)
+        client = EngineClient(wires, context, wanted, lambda *_: None)
         engines = [Engine(wire, context) for wire in wires]
         for number in range(instances):
             client.open_instance(number, 0)
@@ -271,6 +287,46 @@ def test_F01_the_only_instance_is_waited_for(tmp_path: Path) -> None:
         client.close(newcomer)
 
     run(tmp_path, work)
+
+
+def test_F01_a_prompt_whose_answers_have_all_ended_is_not_sent_again(tmp_path: Path) -> None:
+    """A stop string may be found while the request waits for an instance; its other prompts go on."""
+
+    async def work(client: EngineClient, engines: list[Engine], parent: Parent) -> None:
+        (engine,) = engines
+        flight = await submit(client, [[1], [2]])
+        await until(engine, lambda: len(engine.seen) == 2)
+        engine.say(*(token(request_id, 0, 10) for request_id in engine.seen))
+        parent.kill(engine)
+        client.end_branch(flight, 0)
+        engine = await parent.replace(0, 1)
+        last = await submit(client, [[3]])
+        await until(engine, lambda: [3] in engine.seen.values())
+        assert list(engine.seen.values()) == [[2], [3]]
+        client.close(flight)
+        client.close(last)
+
+    run(tmp_path, work)
+
+
+def test_F01_a_leader_that_dies_before_it_is_reached_leaves_its_successor_alone(tmp_path: Path) -> None:
+    adapters: dict[str, str] = {}
+
+    async def work(client: EngineClient, engines: list[Engine], parent: Parent) -> None:
+        (engine,) = engines
+        adapters["chat"] = "/adapters/chat"  # an engine that comes up has to load it
+        parent.kill(engine)
+        parent.replace_half(0, 1)
+        while client.limits().num_blocks != HALF_BLOCKS:  # it has greeted, and cannot be reached
+            await asyncio.sleep(0.001)
+        client.close_instance(0, final=False)
+        engine = await parent.replace(0, 2)
+        await until(engine, lambda: client.available)
+        await asyncio.sleep(0.02)  # nothing else is on its way
+        engine.receive()
+        assert engine.loads == ["chat"]
+
+    run(tmp_path, work, wanted=lambda has: adapters)
 
 
 def test_F01_what_is_longer_than_a_slot_goes_in_pieces(tmp_path: Path) -> None:
