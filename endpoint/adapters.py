@@ -10,9 +10,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from endpoint.bounds import Bounds
-from engine.errors import NotFound, WrongState
+from engine.errors import NotFound, ServerError, WrongState
 from engine.settings import LoraSettings
-from engine.wire.messages import LoraLoad, LoraUnload
 
 log = logging.getLogger("server.adapters")
 
@@ -20,7 +19,9 @@ log = logging.getLogger("server.adapters")
 class Engine(Protocol):
     """What carries the changes out."""
 
-    async def change_adapters(self, command: LoraLoad | LoraUnload) -> str: ...
+    async def load_adapter(self, name: str, path: str) -> str: ...
+
+    async def unload_adapter(self, name: str) -> None: ...
 
 
 class AdapterRegistry:
@@ -52,9 +53,7 @@ class AdapterRegistry:
 
     def register_bounds(self, bounds: Bounds) -> None:
         if self._settings.dynamic:
-            bounds.register(
-                "adapters", lambda: len(self._paths) + len(self._changing), self._settings.max_loras
-            )
+            bounds.register("adapters", self._num_taken, self._settings.max_loras)
 
     async def load(self, name: str, path: Path) -> None:
         """Until every instance serves it. Raises WrongState with the reason when that cannot be."""
@@ -69,7 +68,7 @@ class AdapterRegistry:
                 f"the adapter {name!r} is loaded from another directory; choose another name, or unload it "
                 "first"
             )
-        if len(self._paths) + len(self._changing) >= self._settings.max_loras:
+        if self._num_taken() >= self._settings.max_loras:
             raise WrongState(
                 f"{self._settings.max_loras} adapters are loaded, as many as maxLoras allows; unload one "
                 "first"
@@ -86,6 +85,10 @@ class AdapterRegistry:
         if name not in self._paths:
             raise NotFound("no adapter of this name is loaded; GET /v1/models lists the loaded ones")
         await self._finish(name, self._unload(name))
+
+    def _num_taken(self) -> int:
+        """Places of maxLoras that are taken: also by what is coming or going."""
+        return len(self._paths.keys() | self._changing.keys())
 
     def _check_dynamic(self) -> None:
         if not self._settings.dynamic:
@@ -111,17 +114,19 @@ class AdapterRegistry:
             log.warning("adapter %s: %s", name, error)
 
     async def _load(self, name: str, path: Path) -> None:
-        fault = await self._engine.change_adapters(LoraLoad(name, str(path)))
-        if fault:
-            await self._engine.change_adapters(LoraUnload(name))  # where it has succeeded
-            raise WrongState(f"the adapter {name!r} cannot be loaded: {fault}")
-        self._paths[name] = path
+        self._paths[name] = path  # an instance that is replaced meanwhile has to have it too
+        try:
+            fault = await self._engine.load_adapter(name, str(path))
+            if fault:
+                raise WrongState(f"the adapter {name!r} cannot be loaded: {fault}")
+        except ServerError:
+            del self._paths[name]
+            await self._engine.unload_adapter(name)  # where it has succeeded
+            raise
         self._roots[name] = path.name
         log.info("adapter %s loaded from %s", name, path)
 
     async def _unload(self, name: str) -> None:
         del self._paths[name], self._roots[name]
-        fault = await self._engine.change_adapters(LoraUnload(name))
-        if fault:
-            raise WrongState(f"the adapter {name!r} cannot be unloaded: {fault}")
+        await self._engine.unload_adapter(name)
         log.info("adapter %s unloaded", name)

@@ -169,23 +169,36 @@ class EngineClient:
             await asyncio.sleep(_CONNECT_S)
             if link.ends is not ends:
                 return  # it has died again; what comes next is its successor's
-        has = dict(ready.adapters)
-        wanted = self._wanted_adapters(has)
-        commands: list[LoraLoad | LoraUnload] = [LoraUnload(name) for name in has if name not in wanted]
-        commands += [LoraLoad(name, path) for name, path in wanted.items() if name not in has]
-        for command in commands:
-            try:
-                fault = await self._change_adapter(link, command)
-            except ServerError as error:
-                fault = str(error)
-            if link.ends is not ends:
-                return
-            if fault:
-                log.error("instance %d, adapter %s: %s", link.instance, command.name, fault)
+        if not await self._bring_adapters_in_line(link, ends, dict(ready.adapters)):
+            return
         link.serving = True
         self._changed.set()
         self._on_serving(link.instance, link.generation)
         self._unpark()
+
+    async def _bring_adapters_in_line(self, link: InstanceLink, ends: LinkEnds, has: dict[str, str]) -> bool:
+        """Until it has what it has to have, which may change meanwhile; False when it has died over it."""
+        tried: set[str] = set()
+        while True:
+            wanted = self._wanted_adapters(has)
+            commands: list[LoraLoad | LoraUnload] = [LoraUnload(name) for name in has if name not in wanted]
+            lacking = [name for name in wanted if name not in has and name not in tried]
+            commands += [LoraLoad(name, wanted[name]) for name in lacking]
+            if not commands:
+                return True
+            for command in commands:
+                try:
+                    fault = await self._change_adapter(link, command)
+                except ServerError as error:
+                    fault = str(error)
+                if link.ends is not ends:
+                    return False
+                if fault:
+                    log.error("instance %d, adapter %s: %s", link.instance, command.name, fault)
+                elif isinstance(command, LoraLoad):
+                    has[command.name] = command.path
+            tried.update(lacking)
+            has = {name: path for name, path in has.items() if name in wanted}
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Let it run beside everything else; its failure is ours."""
@@ -252,16 +265,28 @@ class EngineClient:
 
     # -- adapters -----------------------------------------------------------------------------------
 
-    async def change_adapters(self, command: LoraLoad | LoraUnload) -> str:
-        """Have every instance carry it out; what is wrong with it, "" when all have.
+    async def load_adapter(self, name: str, path: str) -> str:
+        """Have every instance load it; what is wrong with it, "" when all have.
 
         Only one change of a name at a time. Raises ServiceUnavailable or EngineFailed when an instance is or
-        gets lost.
+        gets lost; others may have it by then.
         """
         if not all(link.serving for link in self._links):
             raise ServiceUnavailable("a model instance is not there now; try again later", retry_after_s=5)
-        faults = await asyncio.gather(*(self._change_adapter(link, command) for link in self._links))
-        return next((fault for fault in faults if fault), "")
+        loads = (self._change_adapter(link, LoraLoad(name, path)) for link in self._links)
+        faults = []
+        for result in await asyncio.gather(*loads, return_exceptions=True):  # all have answered by then
+            if isinstance(result, BaseException):
+                raise result
+            faults.append(result)
+        return next(filter(None, faults), "")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Until no instance holds it. One that is not there, or dies over it, comes back without it."""
+        unloads = (self._change_adapter(link, LoraUnload(name)) for link in self._links if link.serving)
+        for result in await asyncio.gather(*unloads, return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, ServerError):
+                raise result
 
     async def _change_adapter(self, link: InstanceLink, command: LoraLoad | LoraUnload) -> str:
         wait: asyncio.Future[str] = asyncio.get_running_loop().create_future()

@@ -13,7 +13,7 @@ from engine.adapters import AdapterDesk, AdapterStore
 from engine.endpoint_link import EndpointLink
 from engine.errors import InvalidRequest
 from engine.executor import Executor
-from engine.outcome import FinishCode, Outcome
+from engine.outcome import Outcome
 from engine.plan import StepPlan
 from engine.scheduler import Scheduler
 from engine.sequence import SequenceGroup
@@ -134,6 +134,7 @@ class EngineCore:
             if isinstance(message, EndpointDown):
                 dropped = self.scheduler.abort_all()
                 self.link.close()
+                self.desk.settle()  # what was to leave is not to be in the next greeting
                 self.watched.control.send(Quiet(self.instance, self.link.generation))
                 log.warning("the endpoint is gone: %d request(s) dropped", dropped)
             elif isinstance(message, EndpointUp):
@@ -143,19 +144,15 @@ class EngineCore:
 
     def _admit(self, submit: Submit) -> None:
         ids = self.link.take_prompt(submit)
-        if not self.desk.serves(submit.sampling.lora):  # unloaded while the request was on its way here
-            rows = range(submit.sampling.branches)
-            refused = [
-                Outcome(submit.request_id, row, -1, FinishCode.ERROR, InvalidRequest, 0) for row in rows
-            ]
-            self._publish(refused, batch_size=0, step_us=0)
-            return
         prompt = ids[: submit.num_prompt_tokens]
         group = SequenceGroup(
             submit.request_id, prompt, submit.sampling, priority=submit.priority, now=time.monotonic()
         )
         group.resume(submit.outputs, ids[submit.num_prompt_tokens :])
-        self.scheduler.add(group)
+        if self.desk.serves(submit.sampling.lora):
+            self.scheduler.add(group)
+        else:  # unloaded while the request was on its way here
+            self.scheduler.refuse(group, InvalidRequest)
 
     def _wait(self) -> None:
         """Sleep until a message comes or the head of the waiting queue becomes due."""

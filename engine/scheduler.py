@@ -57,7 +57,7 @@ class Scheduler:
         widest = min(self.limits.max_prefill_batch_size, self.limits.max_batch_size)
         fits = num_prompt <= limit and len(group.sequences) <= widest
         if not fits or not self._can_ever_hold(group):
-            self._refuse(group, GenerationRefused)
+            self.refuse(group, GenerationRefused)
             return
         # First come first served, and each step of priority counts like maxFirstTokenWaitTime of waiting: so
         # nobody starves, and as everybody ages alike the order never changes and needs no sorting again.
@@ -70,6 +70,13 @@ class Scheduler:
             group.beam_search = BeamSearch(len(group.sequences), min(group.params.max_tokens, room), ends)
         self._by_id[group.request_id] = group
         insort(self.waiting, group, key=_rank)
+
+    def refuse(self, group: SequenceGroup, error: type[ServerError]) -> None:
+        """End a group that is in neither queue; the next `take_refused` tells of it."""
+        branches = [seq.branch for seq in group.live]
+        self._finish(group)
+        for branch in branches:
+            self._refused.append(Outcome(group.request_id, branch, -1, FinishCode.ERROR, error, 0))
 
     def abort(self, request_id: int, branch: int | None = None) -> bool:
         """End a request, or one of its branches, in any state without a record; False when it is not here."""
@@ -423,7 +430,7 @@ class Scheduler:
         self.num_preemptions += 1
         group.num_preemptions += 1
         if not self._can_ever_hold(group):
-            self._refuse(group, GenerationRefused)
+            self.refuse(group, GenerationRefused)
             return
         group.move(GroupStatus.WAITING)
         insort(self.waiting, group, key=_rank)
@@ -469,12 +476,6 @@ class Scheduler:
             self._end(seq)
         group.move(GroupStatus.FINISHED)
         self._by_id.pop(group.request_id, None)
-
-    def _refuse(self, group: SequenceGroup, error: type[ServerError]) -> None:
-        branches = [seq.branch for seq in group.live]
-        self._finish(group)
-        for branch in branches:
-            self._refused.append(Outcome(group.request_id, branch, -1, FinishCode.ERROR, error, 0))
 
 
 def _rank(group: SequenceGroup) -> tuple[float, int]:

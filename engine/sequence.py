@@ -144,7 +144,7 @@ class SequenceGroup:
                 seq.tokens[seq.num_prompt : seq.num_prompt + count] = ids[start : start + count]
                 seq.num_tokens += count
                 start += count
-        if start:
+        if outputs:
             for seq in self.sequences:
                 seq.prompt_told = True
 

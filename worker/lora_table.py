@@ -97,6 +97,7 @@ class LoraTable:
             log.info("adapter %s unloaded", name)
 
     def _install(self, name: str, path: Path, adapter: Adapter) -> None:
+        self.remove(name)  # left by a load that nobody waited for any more; it may adapt other layers
         for layer, delta in adapter.deltas:
             layer.deltas[name] = delta
         self._installed[name] = adapter

@@ -128,7 +128,7 @@ def run(
     instances: int = 1,
     wanted: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda has: has,
 ) -> None:
-    """`work(client, engines)`, or with a third parameter `parent`. `wanted`: adapters, as EngineClient has it."""
+    """`work(client, engines)`, or with a third parameter `parent`. `wanted`: of the adapters."""
 
     def wire(number: int) -> InstanceWire:
         name = f"mindie_test_{os.getpid()}_{random.getrandbits(64):x}"

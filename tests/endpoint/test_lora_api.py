@@ -43,12 +43,16 @@ class Engine:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def change_adapters(self, command: LoraLoad | LoraUnload) -> str:
-        self.commands.append(command)
+    async def load_adapter(self, name: str, path: str) -> str:
+        self.commands.append(LoraLoad(name, path))
         await self.gate.wait()
         if self.error is not None:
             raise self.error
-        return self.fault if isinstance(command, LoraLoad) else ""
+        return self.fault
+
+    async def unload_adapter(self, name: str) -> None:
+        self.commands.append(LoraUnload(name))
+        await self.gate.wait()
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -273,15 +277,22 @@ def test_adapter_ids_that_are_refused(value: Any) -> None:
 class Leader:
     """The other end of an instance's channels."""
 
-    def __init__(self, place: Path, number: int, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self, place: Path, number: int, context: zmq.Context[zmq.Socket[bytes]], generation: int = 0
+    ) -> None:
         self.wire = InstanceWire(
             instance=number,
             directory=str(place),
             prompt_ring=create_ring(f"t_prompt{number}", 2, sizes.prompt_slot_bytes(16)),
             token_ring=create_ring(f"t_token{number}", 2, sizes.TOKEN_SLOT_BYTES),
         )
-        self.commands = Channel(context, zmq.PULL, self.wire.command_address(0), bind=True)
-        self.events = Channel(context, zmq.PUSH, self.wire.event_address(0))
+        self.commands = Channel(context, zmq.PULL, self.wire.command_address(generation), bind=True)
+        self.events = Channel(context, zmq.PUSH, self.wire.event_address(generation))
+        self.context = context
+
+    def greet(self) -> None:
+        assert self.events.wait_connected(5.0)
+        self.events.send(EngineReady(self.wire.instance, 9, 9, 9, 9, "cpu", "float32"))
 
     async def command(self) -> object:
         while not (found := list(self.commands.receive())):
@@ -298,8 +309,7 @@ async def engine_of_two(place: Path) -> AsyncIterator[tuple[EngineClient, list[L
         engine = EngineClient([leader.wire for leader in leaders], context, lambda has: has, lambda *_: None)
         for leader in leaders:
             engine.open_instance(leader.wire.instance, 0)
-            assert leader.events.wait_connected(5.0)
-            leader.events.send(EngineReady(leader.wire.instance, 9, 9, 9, 9, "cpu", "float32"))
+            leader.greet()
         await engine.wait_ready()
         yield engine, leaders
     finally:
@@ -310,7 +320,7 @@ async def engine_of_two(place: Path) -> AsyncIterator[tuple[EngineClient, list[L
 def test_a_change_is_done_when_every_instance_has_answered(tmp_path: Path, faults: tuple[str, str]) -> None:
     async def work() -> None:
         async with engine_of_two(tmp_path) as (engine, leaders):
-            change = asyncio.create_task(engine.change_adapters(LoraLoad("a", "/a")))
+            change = asyncio.create_task(engine.load_adapter("a", "/a"))
             for leader, fault in zip(leaders, faults, strict=True):
                 assert await leader.command() == LoraLoad("a", "/a")
                 assert not change.done()
@@ -321,15 +331,59 @@ def test_a_change_is_done_when_every_instance_has_answered(tmp_path: Path, fault
     run(work())
 
 
-def test_a_change_ends_with_an_instance_that_dies(tmp_path: Path) -> None:
+def test_a_load_ends_with_an_instance_that_dies_once_all_have_answered(tmp_path: Path) -> None:
     async def work() -> None:
         async with engine_of_two(tmp_path) as (engine, leaders):
-            change = asyncio.create_task(engine.change_adapters(LoraUnload("a")))
+            change = asyncio.create_task(engine.load_adapter("a", "/a"))
             await leaders[1].command()
-            engine.close_instance(1, final=True)
+            engine.close_instance(1, final=False)
+            await leaders[0].command()
+            await asyncio.sleep(0.01)
+            assert not change.done()  # what is undone before it is done would be done after it
+            leaders[0].events.send(LoraDone("a", ""))
             with pytest.raises(EngineFailed):
                 await change
             with pytest.raises(ServiceUnavailable):
-                await engine.change_adapters(LoraUnload("b"))
+                await engine.load_adapter("b", "/b")
+
+    run(work())
+
+
+def test_F01_an_unloading_needs_nothing_of_an_instance_that_is_not_there(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with engine_of_two(tmp_path) as (engine, leaders):
+            change = asyncio.create_task(engine.unload_adapter("a"))
+            for leader in leaders:
+                assert await leader.command() == LoraUnload("a")
+            engine.close_instance(1, final=False)
+            leaders[0].events.send(LoraDone("a", ""))
+            await change
+            change = asyncio.create_task(engine.unload_adapter("b"))
+            assert await leaders[0].command() == LoraUnload("b")
+            leaders[0].events.send(LoraDone("b", ""))
+            await change
+
+    run(work())
+
+
+def test_F01_an_instance_that_comes_up_gets_what_has_changed_meanwhile(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with engine_of_two(tmp_path) as (engine, leaders):
+            registry = AdapterRegistry(SETTINGS, BASE, engine)
+            engine._wanted_adapters = registry.wanted
+            engine.close_instance(1, final=False)
+            engine.open_instance(1, 1)
+            leaders.append(Leader(tmp_path, 1, leaders[0].context, generation=1))
+            leaders[2].greet()
+            assert await leaders[2].command() == LoraLoad("fixed", "/loras/fixed")
+            unloading = asyncio.create_task(registry.unload("fixed"))
+            assert await leaders[0].command() == LoraUnload("fixed")
+            leaders[0].events.send(LoraDone("fixed", ""))
+            await unloading
+            leaders[2].events.send(LoraDone("fixed", ""))
+            assert await leaders[2].command() == LoraUnload("fixed")  # it came too late
+            assert not registry.loaded and not all(link.serving for link in engine._links)
+            leaders[2].events.send(LoraDone("fixed", ""))
+            await engine.wait_ready()
 
     run(work())

@@ -182,7 +182,7 @@ def test_F03_a_request_seen_in_two_crashes_fails_and_the_rest_go_on(make_daemon:
 
 
 def test_F01_a_worker_that_dies_again_is_replaced_again(make_daemon: MakeDaemon) -> None:
-    """The second one comes after a pause: what the parent hears meanwhile comes by doors it is about to close."""
+    """After a pause, so that the doors are opened by what the parent hears meanwhile."""
     daemon = make_daemon(MOCK).start().wait_ready()
     for count in range(1, 4):
         daemon.child("worker").kill()
