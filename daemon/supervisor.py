@@ -20,7 +20,6 @@ import logging
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +36,8 @@ from daemon.reload import ConfigWatcher
 from daemon.restarts import MOST_DEATHS, WINDOW_S, RestartPolicy
 from daemon.signals import drain_signals
 from engine.errors import EXIT_CHILD_DIED, EXIT_INIT, EXIT_OK
-from engine.logs.room import audit
+from engine.logs import START
+from engine.logs.room import announce, audit
 from engine.wire.links import InstanceWire
 from engine.wire.messages import (
     Drain,
@@ -394,12 +394,8 @@ class Supervisor:
         self.has_served = True
         audit("system", "start endpoint", "success")
         audit("system", "start mindie server", "success")
-        log.info(SUCCESS_LINE)
-        try:
-            print(SUCCESS_LINE, flush=True)
-        except OSError as error:  # nobody reads it, or the disk is full: that is no reason not to serve
-            log.warning("standard output cannot be written: %s", error.strerror)
-            sys.stdout = None  # else the interpreter tries again at exit
+        logging.getLogger(START).info(SUCCESS_LINE)
+        announce(SUCCESS_LINE)
 
     def _drain(self, seconds: float) -> None:
         endpoint = self._family.endpoint

@@ -2,6 +2,7 @@
 
 # loggers with a way of their own
 REQUESTS = "llm.request"  # what happens to requests
-TOKENS = "llm.token"  # steps, at DEBUG; not to standard output either
-START = "server.start"  # why the start was refused, which standard error is told line by line
-FILES_ONLY = frozenset((REQUESTS, TOKENS, START))  # never on standard error
+TOKENS = "llm.token"  # steps, at DEBUG
+START = "server.start"  # how the start went, which the standard streams are told in a form of its own
+NEVER_ON_STDERR = frozenset((REQUESTS, TOKENS, START))
+NEVER_ON_STDOUT = frozenset((TOKENS, START))

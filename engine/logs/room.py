@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.logs import FILES_ONLY, REQUESTS, TOKENS
+from engine.logs import NEVER_ON_STDERR, NEVER_ON_STDOUT, REQUESTS, TOKENS
 from engine.logs.codes import code
 from engine.logs.levels import LevelBoard, apply_levels
 from engine.logs.lines import LineFormatter, audit_line, component_of, file_time, os_user
@@ -83,6 +83,12 @@ def audit(client: str, operation: str, result: str) -> None:
     """One line in the audit log, whatever the level. `client`: ip:port, or "system"."""
     if _room is not None:
         _room.audit(client, operation[:_LONGEST_OPERATION], result)
+
+
+def announce(line: str) -> None:
+    """The line as it is on standard output, for whoever watches it. Nobody is waited for."""
+    if _room is not None and _room.stdout is not None:
+        _room.stdout.write([_encoded(line)])
 
 
 def lost_lines() -> int:
@@ -197,7 +203,7 @@ class _ConsoleHandler(logging.Handler):
         self._is_stdout = room.stdout is not None and os.path.sameopenfile(1, 2)  # 2>&1
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name in FILES_ONLY:
+        if record.name in NEVER_ON_STDERR:
             return
         component = component_of(record, self._room.component)
         if self._room.options.of[component].to_stdout and (record.levelno < logging.ERROR or self._is_stdout):
@@ -216,7 +222,7 @@ class _FileHandler(logging.Handler):
         room = self._room
         component = component_of(record, room.component)
         file = room.file_of(record, component)
-        to_stdout = room.options.of[component].to_stdout and record.name != TOKENS
+        to_stdout = room.options.of[component].to_stdout and record.name not in NEVER_ON_STDOUT
         if file is None and not to_stdout:
             return
         line = _encoded(room.formatters[component].format(record))

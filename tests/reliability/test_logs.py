@@ -177,6 +177,18 @@ def test_F12_a_standard_error_that_is_full_disturbs_nobody(make_daemon: MakeDaem
     assert stop_parent(daemon) == 0
 
 
+@pytest.mark.parametrize("to_stdout", ["0", "1"])
+def test_output_log_has_the_success_line_once(make_daemon: MakeDaemon, to_stdout: str) -> None:
+    daemon = make_daemon(MOCK)
+    daemon.environ["MINDIE_LOG_TO_STDOUT"] = to_stdout
+    daemon.start(shell="2>&1").wait_ready()
+    assert ask(daemon)["x-status"] == "200"
+    assert daemon.stdout.splitlines().count("Daemon start success!") == 1
+    assert daemon.stdout.count("Daemon start success!") == 1
+    assert daemon.log(MAIN).count("Daemon start success!") == 1
+    assert stop_parent(daemon) == 0
+
+
 def test_F12_started_without_any_standard_stream(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(MOCK)
     daemon.start(shell="<&- >&- 2>&-")
@@ -224,15 +236,39 @@ def test_F12_a_folder_that_cannot_be_made_is_warned_of_and_served_without(make_d
     assert daemon.stop() == 0
 
 
-def test_F32_a_reader_of_the_log_that_stops_reading_holds_up_nobody(make_daemon: MakeDaemon) -> None:
-    """Standard error leads to a pipe that is full; what goes to standard output is none of its business."""
-    daemon = make_daemon(MOCK)
+def full_pipe() -> tuple[int, int]:
+    """Its reading and its writing end."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     with contextlib.suppress(BlockingIOError):
         while True:
             os.write(write, b"x" * 4096)
     os.set_blocking(write, True)
+    return read, write
+
+
+def test_F32_a_standard_output_that_nobody_reads_does_not_hold_up_the_start(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(MOCK)
+    read, write = full_pipe()
+    with (daemon.root / "stderr.log").open("wb") as err:
+        daemon.process = subprocess.Popen(
+            ["./bin/mindieservice_daemon"], cwd=daemon.root, stdin=subprocess.DEVNULL, stdout=write,
+            stderr=err, env={**os.environ, "MINDIE_LOG_PATH": str(daemon.root)},
+        )  # fmt: skip
+    os.close(write)
+    eventually(lambda: "standard output cannot be written: nobody reads it" in daemon.stderr, 60.0, "a start")
+    worker = daemon.child("worker")
+    worker.kill()  # the parent goes on as ever
+    eventually(lambda: "serves again" in daemon.stderr, 30.0, "a replacement")
+    assert ask(daemon)["x-status"] == "200"
+    os.close(read)
+    assert daemon.stop() == 0
+
+
+def test_F32_a_reader_of_the_log_that_stops_reading_holds_up_nobody(make_daemon: MakeDaemon) -> None:
+    """Standard error leads to a pipe that is full; what goes to standard output is none of its business."""
+    daemon = make_daemon(MOCK)
+    read, write = full_pipe()
     environ = {**os.environ, "MINDIE_LOG_PATH": str(daemon.root), "MINDIE_LOG_TO_STDOUT": "llm:1"}
     # the success line needs a standard output that is read
     with (daemon.root / "stdout.log").open("wb") as out:

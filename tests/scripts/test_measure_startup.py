@@ -16,13 +16,13 @@ LOG = """\
 [2026-01-31 12:00:01.250] [1] [1] [server] [INFO] [supervisor.py-1] : role=worker instance=0 pid=3 started
 [2026-01-31 12:00:03.000] [1] [1] [server] [INFO] [supervisor.py-1] : role=worker instance=0: weights 20 %
 [2026-01-31 12:00:03.500] [1] [1] [server] [INFO] [supervisor.py-1] : role=worker instance=0: weights 100 %
-[2026-01-31 12:00:06.000] [1] [1] [server] [INFO] [supervisor.py-1] : Daemon start success!
+[2026-01-31 12:00:06.000] [1] [1] [server] [INFO] [supervisor.py-1] : role=endpoint pid=2 ready: 3 listeners open
 """
 
 
 def test_phases_follow_each_other_to_the_total() -> None:
     ends = startup.phase_ends(LOG)
-    began = ends["serving"] - 5.5
+    began = ends["endpoint ready"] - 5.5
     taken = startup.durations(began, ends)
     assert taken == pytest.approx(
         {
@@ -30,14 +30,14 @@ def test_phases_follow_each_other_to_the_total() -> None:
             "forks": 0.25,
             "imports, headers of the weights": 1.75,
             "weights": 0.5,
-            "serving": 2.5,
+            "endpoint ready": 2.5,
             "total": 5.5,
         }
     )
 
 
 def test_a_log_without_its_lines_is_an_error() -> None:
-    with pytest.raises(ValueError, match="success line"):
+    with pytest.raises(ValueError, match="endpoint was ready"):
         startup.durations(0.0, {})
 
 
