@@ -148,7 +148,7 @@ def _supervise(
 ) -> int:
     wires = [_make_wire(settings, name, run_dir, instance) for instance in range(len(settings.device_ids))]
     specs = plan_processes(settings)
-    keepsakes = [Keepsake() for _ in wires]
+    keepsake = Keepsake()
     num_workers = len(specs) - 1
 
     def entry(birth: Birth, control: Control) -> int:
@@ -181,7 +181,7 @@ def _supervise(
             settings.step_timeout_s,
             control,
             birth.pulse,
-            keepsakes[spec.instance],
+            keepsake,
         )
         if settings.model.instance_type == "StandardMock":
             from worker.mock import run_mock_worker

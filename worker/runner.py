@@ -49,7 +49,7 @@ class ModelRunner:
     ) -> None:
         """`progress(phase, fraction)` is called while loading. `num_workers` share this machine.
 
-        `keepsake`: what another worker of this instance has found out about the machine, or a place for it.
+        `keepsake`: what another worker has found out about the machine, or a place for it.
         """
         self._settings = settings
         self._schedule = schedule
@@ -58,8 +58,6 @@ class ModelRunner:
         self._keepsake = keepsake or Keepsake()
         self._platform = select_platform(settings.device_type)
         self._platform.set_up(device_id, num_workers, settings.cpu_threads)
-        if left := self._keepsake.read():
-            self._platform.adopt(left)
 
     def load(self) -> None:
         """Read configuration and weights; StartupError says in one line what is wrong with them.
@@ -94,6 +92,7 @@ class ModelRunner:
         self.block_bytes = self._kv_spec.block_bytes
         self._activation_bytes = activation_bytes(config, self._schedule)
         self._check_memory()
+        self._choose_kernels()
         spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
         self._attention = make_attention(self._platform.attention_backend, spec)
         self._invariant_attention = make_attention(self._platform.invariant_attention_backend, spec)
@@ -105,13 +104,20 @@ class ModelRunner:
             self.max_seq_len,
             lambda fraction: self._progress("weights", fraction),
         )
-        if not self._keepsake.read():
-            self._keepsake.leave(self._platform.findings())
         log.info("%s, %s, weights %d MiB", self._platform.describe(), dtype, self.weight_bytes >> 20)
         self.adapters = LoraTable(
             self._model.projections, self._model.step_adapters, dtype, self._platform, self._settings.lora
         )
         self.adapters.load_static(self._settings.lora.modules)
+
+    def _choose_kernels(self) -> None:
+        """As the others have, or for them: not at the same time, which would disturb the measuring too."""
+        with self._keepsake.alone():
+            if left := self._keepsake.read():
+                self._platform.adopt(left)
+            else:
+                self._platform.choose_kernels(self.dtype)
+                self._keepsake.leave(self._platform.findings())
 
     def _check_memory(self) -> None:
         """Refuse a cache that cannot fit before minutes are spent on weights.

@@ -6,6 +6,7 @@ import os
 import random
 import select
 import stat
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -203,6 +204,29 @@ def test_what_one_worker_leaves_the_next_one_reads() -> None:
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
     assert keepsake.read() == b'{"torch.bfloat16": [true, false]}'
+
+
+def test_of_two_that_begin_together_one_finds_out_and_the_other_reads() -> None:
+    keepsake = Keepsake()
+    told, tell = os.pipe()
+    pids = []
+    for number in range(2):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with keepsake.alone():
+                    if not keepsake.read():
+                        time.sleep(0.1)  # measuring
+                        keepsake.leave(b"%d" % number)
+                os.write(tell, keepsake.read())
+            finally:
+                os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    assert os.read(told, 16) in (b"00", b"11")
+    os.close(told)
+    os.close(tell)
 
 
 def test_a_ring_crosses_a_fork_and_leaves_nothing_in_shm() -> None:

@@ -16,7 +16,7 @@ LOG = """\
 [2026-01-31 12:00:01.250] [1] [1] [server] [INFO] [supervisor.py-1] : role=worker instance=0 pid=3 started
 [2026-01-31 12:00:03.000] [1] [1] [server] [INFO] [supervisor.py-1] : role=worker instance=0: weights 20 %
 [2026-01-31 12:00:03.500] [1] [1] [server] [INFO] [supervisor.py-1] : role=worker instance=0: weights 100 %
-[2026-01-31 12:00:06.000] [1] [1] [server] [INFO] [supervisor.py-1] : role=endpoint pid=2 ready: 3 listeners open
+[2026-01-31 12:00:06.000] [1] [1] [server] [INFO] [supervisor.py-1] : role=endpoint pid=2 ready: open
 """
 
 

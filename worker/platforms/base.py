@@ -38,6 +38,9 @@ class Platform(Protocol):
     def kv_budget(self, num_workers: int) -> int:
         """Bytes one worker may spend on its KV cache when nobody said how many; falls as memory is taken."""
 
+    def choose_kernels(self, dtype: torch.dtype) -> None:
+        """Find out by measuring what computes best in `dtype`, before the first layer of it is packed."""
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """weight: [out, in]; bias: [out]. Both may be kept: the caller must not change them any more."""
 

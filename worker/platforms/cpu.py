@@ -67,10 +67,13 @@ class CpuPlatform:
     def kv_budget(self, num_workers: int) -> int:
         return int(self.memory().available * CPU_KV_SHARE) // num_workers
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        dtype, size = weight.dtype, weight.numel()
+    def choose_kernels(self, dtype: torch.dtype) -> None:
         if dtype not in self._kernels:
             self._kernels[dtype] = probe_linears(dtype)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        dtype, size = weight.dtype, weight.numel()
+        self.choose_kernels(dtype)
         kernels = self._kernels[dtype]
         narrow = PackedLinear(weight, bias) if kernels.packed else PlainLinear(weight, bias)
         fast = UpcastingLinear(narrow, self._scratch) if kernels.upcast and size <= _MAX_UPCAST else narrow
