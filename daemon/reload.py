@@ -189,11 +189,7 @@ class ConfigWatcher:
             self._level = level
             self._set_levels(level)
             log.info("log level: %s", level or "as MINDIE_LOG_LEVEL says")
-        if (
-            write_back is not None
-            and self._may_write
-            and file_stamp(self._settings.config_file) == self._stamp
-        ):
+        if write_back is not None and self._may_write and self._unchanged():
             self._write(write_back)
 
     def _unchanged(self) -> bool:
