@@ -283,3 +283,29 @@ def test_P7_deaths_leave_no_descriptors_behind(make_daemon: MakeDaemon) -> None:
     children = [p.num_fds() for p in daemon.children()]
     assert max(children) <= max(before[1].values()) + 3
     assert f"http://{HOST}" in daemon.stderr and daemon.stop() == 0
+
+
+@pytest.mark.slow
+def test_P7_what_dead_children_had_started_ends_with_them(make_daemon: MakeDaemon) -> None:
+    """The processes that compute masks, of the worker; the one that tries grammars out, of the endpoint."""
+    daemon = make_daemon(LONG_CONFIG).start().wait_ready()
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    body: Json = {
+        "model": "mindie-tiny",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 8,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    }
+    assert daemon.post("/v1/chat/completions", body).status == 200
+    parent = psutil.Process(daemon.pid)
+    started = parent.children(recursive=True)
+    assert len(started) > len(daemon.children())
+    for role in ("worker", "endpoint"):
+        daemon.child(role).kill()
+        eventually(lambda r=role: mentions(daemon, f"role={r}", "serves again"), 60.0, "healed")  # type: ignore[misc]
+        serves_again(daemon)
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
+    assert daemon.post("/v1/chat/completions", body).status == 200
+    assert len(parent.children(recursive=True)) == len(started)
+    assert daemon.stop() == 0
