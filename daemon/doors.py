@@ -75,8 +75,6 @@ class Doors:
         """What children say; None for what is no message. Words of those that are no more are dropped."""
         self._close_deserted_hubs()
         for hub in list(self._hubs):
-            if hub not in self._hubs:
-                continue  # what was heard meanwhile has opened new doors, and this one was no longer in use
             for identity, message in hub.receive():
                 child = next((child for child in self._family if child.identity == identity), None)
                 if child is not None:
