@@ -162,6 +162,10 @@ class _Endpoint:
     async def _stop_over_http(self, service: GenerationService, force: bool) -> None:
         self._health.stopping()
         service.stop_accepting()
+        self._stopping = asyncio.create_task(self._ask_for_stop(service, force))
+        await asyncio.shield(self._stopping)  # whoever asked may hang up; nothing is taken any more, so go on
+
+    async def _ask_for_stop(self, service: GenerationService, force: bool) -> None:
         if not force:
             await service.idle()
         # the answer leaves first: the parent's Drain closes this listener
