@@ -124,7 +124,7 @@ def test_a_signal_in_the_first_moments_is_no_traceback(make_daemon: MakeDaemon) 
         assert code == 0 and "Traceback" not in daemon.stderr
 
 
-def test_F24_running_requests_finish_and_new_ones_are_refused(
+def test_F24_P5_running_requests_finish_and_new_ones_are_refused(
     make_daemon: MakeDaemon,
 ) -> None:
     daemon = make_daemon(with_graceful_stop(100)).start().wait_ready()
@@ -220,7 +220,7 @@ def test_a_standard_output_that_cannot_be_written_is_no_reason_to_die(
     eventually(lambda: not daemon.leftovers(), 10.0, "an orderly stop")
 
 
-def test_F07_kill_9_of_the_parent_takes_the_children_along(make_daemon: MakeDaemon) -> None:
+def test_F07_P7_kill_9_of_the_parent_takes_the_children_along(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start().wait_ready()
     children = daemon.children()
     os.kill(daemon.pid, signal.SIGKILL)

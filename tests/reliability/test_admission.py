@@ -65,7 +65,7 @@ def in_background(count: int, work: Callable[[], Answer]) -> list[Answer]:
         return [answer.result() for answer in [pool.submit(work) for _ in range(count)]]
 
 
-def test_A31_a_flood_is_refused_with_a_time_to_come_back(make_daemon: MakeDaemon) -> None:
+def test_A31_P3_a_flood_is_refused_with_a_time_to_come_back(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(merge(MOCK, {"ServerConfig": {"maxLinkNum": 2}})).start().wait_ready()
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(contextlib.ExitStack())
