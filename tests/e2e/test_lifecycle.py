@@ -165,14 +165,14 @@ def test_stop_service_waits_for_running_requests_and_ends_everything(make_daemon
 @pytest.mark.slow
 def test_stop_service_goes_on_when_whoever_asked_hangs_up(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(LONG_CONFIG).start().wait_ready()
-    stream = Stream(daemon)
+    stream = Stream(daemon, {**LONG, "max_tokens": 300})
     assert stream.started.wait(30)
     with contextlib.closing(daemon.connect(daemon.management_port)) as asking:
         asking.request("GET", "/stopService")
         eventually(lambda: daemon.manage("/v2/health/ready").status == 503, 5.0, "ready 503")
     assert daemon.wait(100) == 0
     stream.join(5)
-    assert '"completion_tokens":2000' in sse_payloads(stream.received)[-2]
+    assert '"completion_tokens":300' in sse_payloads(stream.received)[-2]
 
 
 def test_stop_service_by_force_ends_requests_with_an_error_event(make_daemon: MakeDaemon) -> None:

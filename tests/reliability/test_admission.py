@@ -180,7 +180,7 @@ def test_ageing_lets_the_last_priority_through_a_stream_of_the_first(make_daemon
 
 @pytest.mark.slow
 def test_trials_of_grammars_and_token_counts_hold_no_place(make_daemon: MakeDaemon) -> None:
-    """With one place, as many trials of seconds as may stand in line and some long counts leave room for requests."""
+    """With one place, three trials of seconds and some long counts leave room for requests."""
     daemon = make_daemon(merge(MOCK, {"ServerConfig": {"maxLinkNum": 1}})).start().wait_ready()
     statuses: dict[str, list[int]] = {"grammar": [], "count": []}
 
