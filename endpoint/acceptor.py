@@ -169,7 +169,7 @@ class Acceptor:
         self._pool.metrics.handshake_failed(plane, cause)
         if cause == "gave_up":
             return  # probes of ports do just that, all day
-        self._quiet.warning(cause, f"{plane} plane: no TLS with {address}: {MEANING[cause]}")
+        self._quiet.warning(cause, f"{plane} plane: no TLS: {MEANING[cause]}", str(address))
 
     def _refuse(self, conn: socket.socket) -> None:
         """Say why on a plain connection, and close it when that has been read; TLS is just closed."""

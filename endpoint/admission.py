@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from endpoint.api_keys import ApiKey
 from endpoint.drain_rate import DrainRate
-from endpoint.tallied_warning import TalliedWarning
+from endpoint.quiet_log import QuietLog
 from engine.errors import QuotaExceeded, ServiceUnavailable
 
 log = logging.getLogger("server.admission")
@@ -58,7 +58,7 @@ class Admission:
         self._shares: dict[ApiKey | None, _Share] = {}  # whose turn is next comes first
         self._requests = DrainRate()
         self._tokens = DrainRate()
-        self._warning = TalliedWarning(log, "requests refused")
+        self._quiet = QuietLog(log)
 
     @property
     def is_full(self) -> bool:
@@ -204,7 +204,7 @@ class Admission:
 
     def _count(self, reason: str) -> None:
         self.refused[reason] += 1
-        self._warning.note(reason)
+        self._quiet.warning("refused", "requests refused", reason)
 
 
 class Place:

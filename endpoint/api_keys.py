@@ -6,10 +6,9 @@ import hashlib
 import hmac
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
-from endpoint.tallied_warning import TalliedWarning
+from endpoint.quiet_log import QuietLog
 from engine.errors import Unauthorized
 from engine.settings import ApiKeySettings
 
@@ -18,7 +17,6 @@ log = logging.getLogger("server.api_keys")
 # What orchestrators ask, which have no key; everything else on every plane needs one.
 PUBLIC_PATHS = ("/v2/health/live", "/v2/health/ready")
 HEADERS = ("x-api-key", "api-key")  # beside `Authorization: Bearer KEY`
-_MOST_PEERS = 1024  # addresses whose failures are remembered
 
 
 class ApiKey:
@@ -70,9 +68,7 @@ class ApiKeys:
 
     def __init__(self, settings: Sequence[ApiKeySettings]) -> None:
         self._keys: list[ApiKey] = []
-        self._warning = TalliedWarning(log, "requests without a valid API key, by address,")
-        self.failures = 0
-        self.failures_by_peer: OrderedDict[str, int] = OrderedDict()  # the addresses heard of last
+        self._quiet = QuietLog(log)
         self.replace(settings)
 
     def replace(self, settings: Sequence[ApiKeySettings]) -> None:
@@ -104,16 +100,9 @@ class ApiKeys:
                     found = key
             if found is not None:
                 return found
-        self._note_failure(peer)
+        self._quiet.warning("no_key", "requests without a valid API key", peer)
         wrong = "needs an API key" if given is None else "has an API key that is not known here"
         raise Unauthorized(f"the request {wrong}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`")
-
-    def _note_failure(self, peer: str) -> None:
-        self.failures += 1
-        self.failures_by_peer[peer] = self.failures_by_peer.pop(peer, 0) + 1
-        if len(self.failures_by_peer) > _MOST_PEERS:
-            self.failures_by_peer.popitem(last=False)
-        self._warning.note(peer)
 
 
 def _given_key(headers: Mapping[str, str]) -> str | None:

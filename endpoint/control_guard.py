@@ -36,13 +36,17 @@ class ControlGuard:
         self._allowed = {_host_name(host) for host in allowed_hosts}
 
     def protect(self, routes: Iterable[web.RouteDef]) -> list[web.RouteDef]:
-        """The same routes; those that change something refuse what a foreign page has sent."""
-        return [
-            web.RouteDef(route.method, route.path, self._guarded(route.handler), route.kwargs)
-            if route.method not in _READING or route.path in _CHANGING_GETS
-            else route
-            for route in routes
-        ]
+        """The same routes; those that change something refuse what a foreign page has sent.
+
+        A GET that changes something is for GET alone: aiohttp would call its handler for HEAD as well.
+        """
+        return [self._protected(route) for route in routes]
+
+    def _protected(self, route: web.RouteDef) -> web.RouteDef:
+        if route.method in _READING and route.path not in _CHANGING_GETS:
+            return route
+        kwargs = {**route.kwargs, "allow_head": False} if route.method == "GET" else route.kwargs
+        return web.RouteDef(route.method, route.path, self._guarded(route.handler), kwargs)
 
     def check(self, request: web.Request) -> None:
         """Raises ForeignOrigin."""

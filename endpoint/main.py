@@ -61,18 +61,6 @@ _ANSWER_S = 0.1
 _BEATS = 4  # signs of life within the time limit
 
 
-def _without_client_bytes(record: logging.LogRecord) -> bool:
-    """aiohttp quotes a malformed request in its tracebacks: prompts and keys must not reach the log."""
-    if record.exc_info and record.exc_info[0] is not None:
-        record.msg, record.args = "malformed request: %s", (record.exc_info[0].__name__,)
-        record.exc_info = None
-    return True
-
-
-_http_log = logging.getLogger("server.aiohttp")
-_http_log.addFilter(_without_client_bytes)
-
-
 def run_endpoint(given: EndpointContext) -> int:
     asyncio.run(_Endpoint(given).run())
     return 0
@@ -162,6 +150,10 @@ class _Endpoint:
     async def _stop_over_http(self, service: GenerationService, force: bool) -> None:
         self._health.stopping()
         service.stop_accepting()
+        self._stopping = asyncio.create_task(self._ask_for_stop(service, force))
+        await asyncio.shield(self._stopping)  # whoever asked may hang up; nothing is taken any more, so go on
+
+    async def _ask_for_stop(self, service: GenerationService, force: bool) -> None:
         if not force:
             await service.idle()
         # the answer leaves first: the parent's Drain closes this listener

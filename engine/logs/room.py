@@ -24,7 +24,6 @@ from engine.logs.writer import Writer
 _STEMS = {REQUESTS: "mindie-llm-request", TOKENS: "mindie-llm-token"}
 _TOKEN_ROTATION = Rotation(1 << 20, 2)
 _LAST_LINES_S = 1.0  # for writing what is queued when a process ends
-_LONGEST_OPERATION = 512  # characters of an audit line that a client chooses
 
 _room: _Room | None = None  # logging is the process's, as it is in the standard library
 
@@ -82,7 +81,7 @@ def reset_levels() -> None:
 def audit(client: str, operation: str, result: str) -> None:
     """One line in the audit log, whatever the level. `client`: ip:port, or "system"."""
     if _room is not None:
-        _room.audit(client, operation[:_LONGEST_OPERATION], result)
+        _room.audit(client, operation, result)
 
 
 def announce(line: str) -> None:

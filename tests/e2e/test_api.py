@@ -321,7 +321,7 @@ def test_truncation_keeps_head_or_tail(make_daemon: MakeDaemon) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_stops_the_engine(make_daemon: MakeDaemon, stream: bool) -> None:
+def test_F13_a_client_that_hangs_up_stops_the_engine(make_daemon: MakeDaemon, stream: bool) -> None:
     daemon = make_daemon(merge(ROOM, {"ServerConfig": {"maxLinkNum": 1}})).start().wait_ready()
     worker = daemon.child("worker")
 

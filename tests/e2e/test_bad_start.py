@@ -160,7 +160,7 @@ def test_a_device_that_is_not_there(make_daemon: MakeDaemon) -> None:
     assert "npu" in daemon.stderr and "deviceType" in daemon.stderr
 
 
-def test_shared_memory_names_the_need(make_daemon: MakeDaemon) -> None:
+def test_F10_shared_memory_names_the_need(make_daemon: MakeDaemon) -> None:
     """A prompt ring larger than /dev/shm: refused with numbers, not a crash in a request."""
     free = os.statvfs("/dev/shm")
     limit = free.f_bavail * free.f_frsize // (64 * 4)  # prompt slots x bytes per id

@@ -124,7 +124,7 @@ def test_a_signal_in_the_first_moments_is_no_traceback(make_daemon: MakeDaemon) 
         assert code == 0 and "Traceback" not in daemon.stderr
 
 
-def test_F24_running_requests_finish_and_new_ones_are_refused(
+def test_F24_P5_running_requests_finish_and_new_ones_are_refused(
     make_daemon: MakeDaemon,
 ) -> None:
     daemon = make_daemon(with_graceful_stop(100)).start().wait_ready()
@@ -160,6 +160,19 @@ def test_stop_service_waits_for_running_requests_and_ends_everything(make_daemon
     stream.join(5)
     assert answers == [200]
     assert '"completion_tokens":2000' in sse_payloads(stream.received)[-2]
+
+
+@pytest.mark.slow
+def test_stop_service_goes_on_when_whoever_asked_hangs_up(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(LONG_CONFIG).start().wait_ready()
+    stream = Stream(daemon, {**LONG, "max_tokens": 300})
+    assert stream.started.wait(30)
+    with contextlib.closing(daemon.connect(daemon.management_port)) as asking:
+        asking.request("GET", "/stopService")
+        eventually(lambda: daemon.manage("/v2/health/ready").status == 503, 5.0, "ready 503")
+    assert daemon.wait(100) == 0
+    stream.join(5)
+    assert '"completion_tokens":300' in sse_payloads(stream.received)[-2]
 
 
 def test_stop_service_by_force_ends_requests_with_an_error_event(make_daemon: MakeDaemon) -> None:
@@ -207,7 +220,7 @@ def test_a_standard_output_that_cannot_be_written_is_no_reason_to_die(
     eventually(lambda: not daemon.leftovers(), 10.0, "an orderly stop")
 
 
-def test_F07_kill_9_of_the_parent_takes_the_children_along(make_daemon: MakeDaemon) -> None:
+def test_F07_P7_kill_9_of_the_parent_takes_the_children_along(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon().start().wait_ready()
     children = daemon.children()
     os.kill(daemon.pid, signal.SIGKILL)

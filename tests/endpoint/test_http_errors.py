@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -10,6 +11,7 @@ from endpoint import http_errors, models_api
 from engine import errors
 from engine.errors import ServerError
 from tests.endpoint.samples import model_info
+from tests.harness import REPO
 
 EXPECTED: list[tuple[ServerError, int, str]] = [
     (errors.InvalidRequest("m"), 422, "Input Validation Error"),
@@ -24,6 +26,9 @@ EXPECTED: list[tuple[ServerError, int, str]] = [
     (errors.WrongState("m"), 400, "Bad Request"),
     (errors.Unauthorized("m"), 401, "Unauthorized"),
     (errors.QuotaExceeded("m"), 429, "Too Many Requests"),
+    (errors.MalformedRequest("m"), 400, "Bad Request"),
+    (errors.ForeignOrigin("m"), 403, "Forbidden"),
+    (errors.SlowRequest("m"), 408, "Request Timeout"),
     (ServerError("m"), 500, "Incomplete Generation"),
 ]
 
@@ -39,8 +44,14 @@ def test_status_and_canonical_body(error: ServerError, status: int, name: str) -
     }
 
 
-def test_every_error_type_has_a_row() -> None:
+def test_P14_every_error_type_has_a_row() -> None:
     assert set(http_errors.STATUS) == {ServerError, *ServerError.__subclasses__()}
+
+
+def test_P14_the_document_has_every_status_and_class() -> None:
+    document = (REPO / "docs" / "api.md").read_text(encoding="utf-8").partition("\n## Errors\n")[2]
+    rows = re.findall(r"^\| (\d{3}) \| `([^`]+)` \|", document, re.MULTILINE)
+    assert sorted((int(status), name) for status, name in rows) == sorted(set(http_errors.STATUS.values()))
 
 
 def test_a_subtype_takes_the_row_of_its_base() -> None:

@@ -345,7 +345,7 @@ SAMPLES = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "re
 
 
 def test_a_bare_request_is_greedy() -> None:
-    assert resolve() == SamplingParams(max_tokens=10, seed=1)
+    assert resolve() == SamplingParams(max_tokens=10, seed=1, reproducible=True)
 
 
 @pytest.mark.parametrize("asked", [{"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.5}, {"do_sample": True}])

@@ -150,6 +150,9 @@ def test_A21_wrong_keys_are_refused_and_told_once(guarded: Daemon) -> None:
     lines = [line for line in guarded.stderr.splitlines() if "without a valid API key" in line]
     assert 1 <= len(lines) <= 5 and "[WARN]" in lines[0] and "127.0.0.1" in lines[0]
     assert "canary-guess" not in guarded.stderr
+    audit, denied = "security/mindie-server", "[GET /v1/models] [401 "
+    eventually(lambda: guarded.log(audit).count(denied) >= 20, 10.0, "the lines of the audit log")
+    assert "canary-guess" not in guarded.log(audit)
 
 
 # -- A24 ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tests.harness import HOST, TINY_MODEL, Answer, Daemon, Installation, merge,
 MOCK = model_config(
     modelInstanceType="StandardMock", modelName="mindie-tiny", modelWeightPath=str(TINY_MODEL)
 )
-CONTROL = (("GET", "/stopService"), ("HEAD", "/stopService"), ("POST", "/v1/load_lora_adapter"))
+CONTROL = (("GET", "/stopService"), ("POST", "/v1/load_lora_adapter"))
 FOREIGN = {
     "another origin": {"Origin": "https://evil.example"},
     "another port of this host": {"Origin": f"http://{HOST}:1"},
@@ -54,9 +54,16 @@ def test_A22_control_routes_refuse_pages_of_others(daemon: Daemon, page: str) ->
         answer = call(daemon, method, path, daemon.management_port, **FOREIGN[page])
         assert answer.status == 403, (method, path)
         assert not [name for name in answer.headers if name.startswith("access-control-")]
-        if method != "HEAD":
-            error = json.loads(answer.body)
-            assert error["type"] == "Forbidden" and "`" in error["error"]
+        error = json.loads(answer.body)
+        assert error["type"] == "Forbidden" and "`" in error["error"]
+    assert daemon.get("/v1/models").status == 200
+
+
+def test_A22_asking_for_the_head_alone_stops_nothing(daemon: Daemon) -> None:
+    """aiohttp calls the handler of a GET for HEAD too, unless it is told otherwise."""
+    answer = call(daemon, "HEAD", "/stopService", daemon.management_port)
+    assert answer.status == 405 and answer.headers["allow"] == "GET"
+    assert call(daemon, "HEAD", "/v2/health/ready", daemon.management_port).status == 200
     assert daemon.get("/v1/models").status == 200
 
 

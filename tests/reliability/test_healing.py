@@ -214,7 +214,7 @@ def test_F04_five_deaths_in_a_minute_end_the_service(make_daemon: MakeDaemon) ->
     assert "role=worker" in cause and "SIGKILL" in cause
 
 
-def test_F05_a_dead_endpoint_is_replaced_on_the_same_ports(make_daemon: MakeDaemon) -> None:
+def test_F05_P6_a_dead_endpoint_is_replaced_on_the_same_ports(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(LONG_CONFIG).start().wait_ready()
     worker = daemon.child("worker").pid
     untouched = free_blocks(daemon)

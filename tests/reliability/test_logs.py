@@ -133,6 +133,21 @@ def test_audit_has_a_line_per_request_and_one_per_answer_without_the_query(serve
     assert "[GET /no/such/path] [404 " in server.log(AUDIT)
 
 
+def test_the_audit_log_has_what_was_tried_short_and_plain(server: Daemon) -> None:
+    assert server.get("/" + "a" * 4000 + "/../../etc").status == 404
+    with contextlib.closing(server.connect(server.management_port)) as connection:
+        connection.request("GET", "/stopService", headers={"Origin": "https://evil.example"})
+        assert connection.getresponse().status == 403
+    with contextlib.closing(server.connect()) as connection:
+        connection.connect()
+        connection.sock.sendall(b"GET /x][success HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 404 " in connection.sock.recv(65536).split(b"\r\n")[0]
+    eventually(lambda: "[GET /x%5D%5Bsuccess] [404 " in server.log(AUDIT), 10.0, "the last answer's line")
+    assert "[GET /stopService] [403 " in server.log(AUDIT)
+    assert f"[GET /{'a' * 99}...(4011 characters)] [404 " in server.log(AUDIT)
+    assert max(map(len, server.log(AUDIT).splitlines())) < 300
+
+
 def test_a_malformed_request_is_in_the_audit_log_with_the_id_of_its_answer(server: Daemon) -> None:
     connection = server.connect()
     with contextlib.closing(connection):
