@@ -193,10 +193,13 @@ class Supervisor:
 
     def _read_messages(self) -> None:
         for child, message in self._doors.receive():
-            if message is None:  # whatever it is, it is not in its right mind
-                self._condemn(child, "it sent a frame that is no message")
-            else:
+            try:
+                if message is None:
+                    raise ValueError("no message")
                 self._on_message(child, message)
+            except (LookupError, TypeError, ValueError) as error:
+                # fields that mean nothing: whatever is wrong with the child, it is not to end the parent
+                self._condemn(child, f"what it says cannot be understood ({type(error).__name__})")
 
     def _on_message(self, child: Child, message: Message) -> None:
         match message:
