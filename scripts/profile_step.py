@@ -2,6 +2,7 @@
 """Where the time of a decode step goes, without HTTP: the real step loop in this process, on a real model.
 
     python scripts/profile_step.py --model models/mindie-tiny --batch 1,8,32 --context 256
+    python scripts/profile_step.py --model models/mindie-tiny --seeds   # what seeds cost instead
 
 For every batch size that many sequences are prefilled, then decoded together; medians of the steps are shown.
 
@@ -66,6 +67,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PARTS = ("receive", "schedule", "plan", "tensors", "forward", "sample", "commit", "publish")
 WARM_STEPS = 4  # decode steps before the first that counts
 PREFILL_TOKENS = 2048  # per step, while filling
+SEED_ROUNDS = 5
 
 Times = dict[str, float]
 
@@ -189,7 +191,13 @@ def load_runner(
 
 
 def profile(
-    runner: ModelRunner, ends: Ends, limits: ScheduleSettings, context: int, steps: int, seed: int
+    runner: ModelRunner,
+    ends: Ends,
+    limits: ScheduleSettings,
+    context: int,
+    steps: int,
+    seed: int,
+    reproducible: bool = False,
 ) -> tuple[list[Times], list[float]]:
     """Seconds of each part for `steps` decode steps of a full batch, and of each prefill step as a whole."""
     executor = ProbingExecutor(LeaderExecutor(runner, Sampler(runner.vocab_size)), limits.block_size)
@@ -197,7 +205,7 @@ def profile(
     core = EngineCore(0, Scheduler(limits, blocks, runner.eos_token_ids), executor, ends.link, ends.watched)
     batch = limits.max_batch_size
     prompts = np.random.default_rng(seed).integers(0, runner.vocab_size, (batch, context), np.int32)
-    params = SamplingParams(max_tokens=limits.max_iter_times, ignore_eos=True)
+    params = SamplingParams(max_tokens=limits.max_iter_times, ignore_eos=True, reproducible=reproducible)
     for number, prompt in enumerate(prompts):
         core.scheduler.add(SequenceGroup(number, prompt, params, now=time.monotonic()))
 
@@ -248,6 +256,38 @@ def table(batches: Mapping[int, Times]) -> str:
     return "\n".join(lines)
 
 
+def compare_seeds(
+    runner: ModelRunner, ends: Ends, limits: ScheduleSettings, args: argparse.Namespace
+) -> tuple[Times, Times, Times]:
+    """Median ms without and with seeds, taken in turn, and the median of their ratios."""
+    turns = [
+        [
+            summarize(*profile(runner, ends, limits, args.context, args.steps, args.seed, reproducible))
+            for reproducible in (False, True)
+        ]
+        for _ in range(SEED_ROUNDS)
+    ]
+    without, with_seeds = (
+        {part: statistics.median(turn[way][part] for turn in turns) for part in ("step", "prefill")}
+        for way in (0, 1)
+    )
+    ratios = {
+        part: statistics.median(turn[1][part] / turn[0][part] for turn in turns)
+        for part in ("step", "prefill")
+    }
+    return without, with_seeds, ratios
+
+
+def seeds_table(figures: Mapping[int, tuple[Times, Times, Times]]) -> str:
+    lines = [f"{'step':<12}{'without, ms':>14}{'with, ms':>14}{'ratio':>8}"]
+    for batch, (without, with_seeds, ratios) in figures.items():
+        for part, name in (("step", "decode"), ("prefill", "prefill")):
+            lines.append(
+                f"{f'{name} {batch}':<12}{without[part]:>14.2f}{with_seeds[part]:>14.2f}{ratios[part]:>8.2f}"
+            )
+    return "\n".join(lines)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -260,6 +300,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: one per core")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--seeds", action="store_true", help="instead: what seeds cost, both ways in turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return parser.parse_args(argv)
 
@@ -274,16 +315,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StartupError, ValueError) as error:
         print(f"cannot profile: {error}", file=sys.stderr)
         return 2
+    about = (
+        f"{args.model.name}, {str(runner.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads; "
+        f"context {args.context} tokens"
+    )
+    if args.seeds:
+        with make_ends() as ends:
+            compared = {
+                size: compare_seeds(
+                    runner, ends, schedule_settings(size, args.context, args.steps, args.block_size), args
+                )
+                for size in sizes
+            }
+        print(
+            f"{about}, medians of {SEED_ROUNDS} turns of {args.steps} decode steps\n\n{seeds_table(compared)}"
+        )
+        return 0
     figures: dict[int, Times] = {}
     with make_ends() as ends:
         for size in sizes:
             print(f"batch {size} ...", file=sys.stderr, flush=True)
             limits = schedule_settings(size, args.context, args.steps, args.block_size)
             figures[size] = summarize(*profile(runner, ends, limits, args.context, args.steps, args.seed))
-    about = (
-        f"{args.model.name}, {str(runner.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-    )
-    print(f"{about}; context {args.context} tokens, medians of {args.steps} decode steps\n\n{table(figures)}")
+    print(f"{about}, medians of {args.steps} decode steps\n\n{table(figures)}")
     if args.json:
         report: dict[str, Any] = {
             "model": args.model.name,
