@@ -79,16 +79,18 @@ class ProbingExecutor:
         self.inner = inner
         self.plan_s = 0.0
         self.tensors_s = 0.0
+        self.processor_s = 0.0  # of the repetition
         self.last_kind = StepKind.PREFILL
         self._block_size = block_size
 
     def run(self, plan: StepPlan) -> Sampled:
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         again = build_plan(plan.kind, plan.sequences, self._block_size)
         planned = time.perf_counter()
         make_batch(again, torch.device("cpu"))
         self.tensors_s += time.perf_counter() - planned
         self.plan_s += planned - start
+        self.processor_s += time.process_time() - processor
         self.last_kind = plan.kind
         return self.inner.run(plan)
 
@@ -198,8 +200,8 @@ def profile(
     steps: int,
     seed: int,
     reproducible: bool = False,
-) -> tuple[list[Times], list[float]]:
-    """Seconds of each part for `steps` decode steps of a full batch, and of each prefill step as a whole."""
+) -> tuple[list[Times], list[Times]]:
+    """Seconds of each part for `steps` decode steps of a full batch, and for each prefill step."""
     executor = ProbingExecutor(LeaderExecutor(runner, Sampler(runner.vocab_size)), limits.block_size)
     blocks = BlockManager(blocks_needed(limits), limits.block_size)
     core = EngineCore(0, Scheduler(limits, blocks, runner.eos_token_ids), executor, ends.link, ends.watched)
@@ -210,22 +212,25 @@ def profile(
         core.scheduler.add(SequenceGroup(number, prompt, params, now=time.monotonic()))
 
     decodes: list[Times] = []
-    prefills: list[float] = []
+    prefills: list[Times] = []
     while len(decodes) < WARM_STEPS + steps:
         before = parts_so_far(core, executor)
         core.step()
         ends.empty()
         after = parts_so_far(core, executor)
-        taken = {part: after[part] - before[part] for part in PARTS}
+        taken = {part: after[part] - before[part] for part in before}
         if executor.last_kind is StepKind.PREFILL:
-            prefills.append(sum(taken.values()))
+            prefills.append(taken)
         elif len(core.scheduler.running) == batch:
             decodes.append(taken)
     return decodes[WARM_STEPS:], prefills
 
 
 def parts_so_far(core: EngineCore, executor: ProbingExecutor) -> Times:
-    """Seconds of each part since the start; together they are the loop's time without the probing."""
+    """Seconds of each part since the start; together they are the loop's time without the probing.
+
+    `processor`: what this process has spent, waiting threads that spin included; foreign load does not show.
+    """
     return {
         "receive": core.times.receive,
         "schedule": core.times.schedule - executor.plan_s,
@@ -235,14 +240,15 @@ def parts_so_far(core: EngineCore, executor: ProbingExecutor) -> Times:
         "sample": executor.inner.times.sample,
         "commit": core.times.commit,
         "publish": core.times.publish,
+        "processor": time.process_time() - executor.processor_s,
     }
 
 
-def summarize(decodes: Sequence[Times], prefills: Sequence[float]) -> Times:
+def summarize(decodes: Sequence[Times], prefills: Sequence[Times]) -> Times:
     """Median ms of each part and of the whole step, and ms of all prefill steps together."""
     medians = {part: 1e3 * statistics.median(times[part] for times in decodes) for part in PARTS}
     medians["step"] = 1e3 * statistics.median(sum(times.values()) for times in decodes)
-    medians["prefill"] = 1e3 * sum(prefills)
+    medians["prefill"] = 1e3 * sum(times[part] for times in prefills for part in PARTS)
     return medians
 
 
@@ -258,33 +264,28 @@ def table(batches: Mapping[int, Times]) -> str:
 
 def compare_seeds(
     runner: ModelRunner, ends: Ends, limits: ScheduleSettings, args: argparse.Namespace
-) -> tuple[Times, Times, Times]:
-    """Median ms without and with seeds, taken in turn, and the median of their ratios."""
-    turns = [
-        [
-            summarize(*profile(runner, ends, limits, args.context, args.steps, args.seed, reproducible))
+) -> dict[str, tuple[float, float]]:
+    """Median ms of processor time without and with seeds, in turn, of a decode step and of all prefills."""
+    turns: dict[str, list[tuple[float, float]]] = {"decode": [], "prefill": []}
+    for _ in range(SEED_ROUNDS):
+        ways = [
+            profile(runner, ends, limits, args.context, args.steps, args.seed, reproducible)
             for reproducible in (False, True)
         ]
-        for _ in range(SEED_ROUNDS)
-    ]
-    without, with_seeds = (
-        {part: statistics.median(turn[way][part] for turn in turns) for part in ("step", "prefill")}
-        for way in (0, 1)
-    )
-    ratios = {
-        part: statistics.median(turn[1][part] / turn[0][part] for turn in turns)
-        for part in ("step", "prefill")
+        for name, figure in (("decode", statistics.median), ("prefill", sum)):
+            steps = [[1e3 * times["processor"] for times in way[name == "prefill"]] for way in ways]
+            turns[name].append((figure(steps[0]), figure(steps[1])))
+    return {
+        name: (statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs))
+        for name, pairs in turns.items()
     }
-    return without, with_seeds, ratios
 
 
-def seeds_table(figures: Mapping[int, tuple[Times, Times, Times]]) -> str:
-    lines = [f"{'step':<12}{'without, ms':>14}{'with, ms':>14}{'ratio':>8}"]
-    for batch, (without, with_seeds, ratios) in figures.items():
-        for part, name in (("step", "decode"), ("prefill", "prefill")):
-            lines.append(
-                f"{f'{name} {batch}':<12}{without[part]:>14.2f}{with_seeds[part]:>14.2f}{ratios[part]:>8.2f}"
-            )
+def seeds_table(figures: Mapping[int, dict[str, tuple[float, float]]]) -> str:
+    lines = [f"{'processor ms':<14}{'without':>10}{'with':>10}{'ratio':>8}"]
+    for batch, named in figures.items():
+        for name, (without, seeded) in named.items():
+            lines.append(f"{f'{name} {batch}':<14}{without:>10.2f}{seeded:>10.2f}{seeded / without:>8.2f}")
     return "\n".join(lines)
 
 
