@@ -2,6 +2,7 @@
 """Where the time of a decode step goes, without HTTP: the real step loop in this process, on a real model.
 
     python scripts/profile_step.py --model models/mindie-tiny --batch 1,8,32 --context 256
+    python scripts/profile_step.py --model models/mindie-tiny --seeds   # what seeds cost instead
 
 For every batch size that many sequences are prefilled, then decoded together; medians of the steps are shown.
 
@@ -66,6 +67,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PARTS = ("receive", "schedule", "plan", "tensors", "forward", "sample", "commit", "publish")
 WARM_STEPS = 4  # decode steps before the first that counts
 PREFILL_TOKENS = 2048  # per step, while filling
+SEED_ROUNDS = 5
 
 Times = dict[str, float]
 
@@ -77,16 +79,18 @@ class ProbingExecutor:
         self.inner = inner
         self.plan_s = 0.0
         self.tensors_s = 0.0
+        self.processor_s = 0.0  # of the repetition
         self.last_kind = StepKind.PREFILL
         self._block_size = block_size
 
     def run(self, plan: StepPlan) -> Sampled:
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         again = build_plan(plan.kind, plan.sequences, self._block_size)
         planned = time.perf_counter()
         make_batch(again, torch.device("cpu"))
         self.tensors_s += time.perf_counter() - planned
         self.plan_s += planned - start
+        self.processor_s += time.process_time() - processor
         self.last_kind = plan.kind
         return self.inner.run(plan)
 
@@ -189,35 +193,44 @@ def load_runner(
 
 
 def profile(
-    runner: ModelRunner, ends: Ends, limits: ScheduleSettings, context: int, steps: int, seed: int
-) -> tuple[list[Times], list[float]]:
-    """Seconds of each part for `steps` decode steps of a full batch, and of each prefill step as a whole."""
+    runner: ModelRunner,
+    ends: Ends,
+    limits: ScheduleSettings,
+    context: int,
+    steps: int,
+    seed: int,
+    reproducible: bool = False,
+) -> tuple[list[Times], list[Times]]:
+    """Seconds of each part for `steps` decode steps of a full batch, and for each prefill step."""
     executor = ProbingExecutor(LeaderExecutor(runner, Sampler(runner.vocab_size)), limits.block_size)
     blocks = BlockManager(blocks_needed(limits), limits.block_size)
     core = EngineCore(0, Scheduler(limits, blocks, runner.eos_token_ids), executor, ends.link, ends.watched)
     batch = limits.max_batch_size
     prompts = np.random.default_rng(seed).integers(0, runner.vocab_size, (batch, context), np.int32)
-    params = SamplingParams(max_tokens=limits.max_iter_times, ignore_eos=True)
+    params = SamplingParams(max_tokens=limits.max_iter_times, ignore_eos=True, reproducible=reproducible)
     for number, prompt in enumerate(prompts):
         core.scheduler.add(SequenceGroup(number, prompt, params, now=time.monotonic()))
 
     decodes: list[Times] = []
-    prefills: list[float] = []
+    prefills: list[Times] = []
     while len(decodes) < WARM_STEPS + steps:
         before = parts_so_far(core, executor)
         core.step()
         ends.empty()
         after = parts_so_far(core, executor)
-        taken = {part: after[part] - before[part] for part in PARTS}
+        taken = {part: after[part] - before[part] for part in before}
         if executor.last_kind is StepKind.PREFILL:
-            prefills.append(sum(taken.values()))
+            prefills.append(taken)
         elif len(core.scheduler.running) == batch:
             decodes.append(taken)
     return decodes[WARM_STEPS:], prefills
 
 
 def parts_so_far(core: EngineCore, executor: ProbingExecutor) -> Times:
-    """Seconds of each part since the start; together they are the loop's time without the probing."""
+    """Seconds of each part since the start; together they are the loop's time without the probing.
+
+    `processor`: what this process has spent, waiting threads that spin included; foreign load does not show.
+    """
     return {
         "receive": core.times.receive,
         "schedule": core.times.schedule - executor.plan_s,
@@ -227,14 +240,15 @@ def parts_so_far(core: EngineCore, executor: ProbingExecutor) -> Times:
         "sample": executor.inner.times.sample,
         "commit": core.times.commit,
         "publish": core.times.publish,
+        "processor": time.process_time() - executor.processor_s,
     }
 
 
-def summarize(decodes: Sequence[Times], prefills: Sequence[float]) -> Times:
+def summarize(decodes: Sequence[Times], prefills: Sequence[Times]) -> Times:
     """Median ms of each part and of the whole step, and ms of all prefill steps together."""
     medians = {part: 1e3 * statistics.median(times[part] for times in decodes) for part in PARTS}
     medians["step"] = 1e3 * statistics.median(sum(times.values()) for times in decodes)
-    medians["prefill"] = 1e3 * sum(prefills)
+    medians["prefill"] = 1e3 * sum(times[part] for times in prefills for part in PARTS)
     return medians
 
 
@@ -245,6 +259,33 @@ def table(batches: Mapping[int, Times]) -> str:
     for part in (*PARTS, "step"):
         cells = (f"{ms[part]:>12.3f}{100 * ms[part] / ms['step']:>8.1f}" for ms in batches.values())
         lines.append(f"{part:<10}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def compare_seeds(
+    runner: ModelRunner, ends: Ends, limits: ScheduleSettings, args: argparse.Namespace
+) -> dict[str, tuple[float, float]]:
+    """Median ms of processor time without and with seeds, in turn, of a decode step and of all prefills."""
+    turns: dict[str, list[tuple[float, float]]] = {"decode": [], "prefill": []}
+    for _ in range(SEED_ROUNDS):
+        ways = [
+            profile(runner, ends, limits, args.context, args.steps, args.seed, reproducible)
+            for reproducible in (False, True)
+        ]
+        for name, figure in (("decode", statistics.median), ("prefill", sum)):
+            steps = [[1e3 * times["processor"] for times in way[name == "prefill"]] for way in ways]
+            turns[name].append((figure(steps[0]), figure(steps[1])))
+    return {
+        name: (statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs))
+        for name, pairs in turns.items()
+    }
+
+
+def seeds_table(figures: Mapping[int, dict[str, tuple[float, float]]]) -> str:
+    lines = [f"{'processor ms':<14}{'without':>10}{'with':>10}{'ratio':>8}"]
+    for batch, named in figures.items():
+        for name, (without, seeded) in named.items():
+            lines.append(f"{f'{name} {batch}':<14}{without:>10.2f}{seeded:>10.2f}{seeded / without:>8.2f}")
     return "\n".join(lines)
 
 
@@ -260,6 +301,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: one per core")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--seeds", action="store_true", help="instead: what seeds cost, both ways in turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return parser.parse_args(argv)
 
@@ -274,16 +316,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StartupError, ValueError) as error:
         print(f"cannot profile: {error}", file=sys.stderr)
         return 2
+    about = (
+        f"{args.model.name}, {str(runner.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads; "
+        f"context {args.context} tokens"
+    )
+    if args.seeds:
+        with make_ends() as ends:
+            compared = {
+                size: compare_seeds(
+                    runner, ends, schedule_settings(size, args.context, args.steps, args.block_size), args
+                )
+                for size in sizes
+            }
+        print(
+            f"{about}, medians of {SEED_ROUNDS} turns of {args.steps} decode steps\n\n{seeds_table(compared)}"
+        )
+        return 0
     figures: dict[int, Times] = {}
     with make_ends() as ends:
         for size in sizes:
             print(f"batch {size} ...", file=sys.stderr, flush=True)
             limits = schedule_settings(size, args.context, args.steps, args.block_size)
             figures[size] = summarize(*profile(runner, ends, limits, args.context, args.steps, args.seed))
-    about = (
-        f"{args.model.name}, {str(runner.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
-    )
-    print(f"{about}; context {args.context} tokens, medians of {args.steps} decode steps\n\n{table(figures)}")
+    print(f"{about}, medians of {args.steps} decode steps\n\n{table(figures)}")
     if args.json:
         report: dict[str, Any] = {
             "model": args.model.name,

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import random
+import re
 import ssl
 import statistics
 import sys
@@ -46,8 +47,8 @@ _WORDS = (
     "her",
 )
 _SHORTEST, _LONGEST = 5, 300  # words of a prompt
-_SMALL_CACHE_BLOCKS = 24
 _TIMEOUT_S = 600.0
+_PROGRESS_S = 10.0
 _SPEED_ROUNDS = 5
 
 
@@ -65,10 +66,17 @@ class Client:
             text: str = json.load(answer)["choices"][0]["text"]
         return text
 
-    def together(self, bodies: Sequence[Json], streams: int) -> list[str]:
-        """All of them, `streams` at a time."""
+    def together(self, bodies: Sequence[Json], streams: int, phase: str = "") -> list[str]:
+        """All of them, `streams` at a time; `phase` names them in lines of progress."""
+        start = told = time.monotonic()
+        texts = []
         with ThreadPoolExecutor(streams) as pool:
-            return list(pool.map(self.complete, bodies))
+            for text in pool.map(self.complete, bodies):
+                texts.append(text)
+                if phase and (now := time.monotonic()) - told > _PROGRESS_S:
+                    told = now
+                    print(f"{phase}: {len(texts)} of {len(bodies)} after {now - start:.0f} s", flush=True)
+        return texts
 
 
 def seeded_bodies(count: int, model: str, max_tokens: int) -> list[Json]:
@@ -87,10 +95,11 @@ def seeded_bodies(count: int, model: str, max_tokens: int) -> list[Json]:
     ]
 
 
-def compare(name: str, got: Sequence[str], want: Sequence[str]) -> int:
-    """Print how many texts differ, and return it."""
+def compare(phase: str, client: Client, bodies: Sequence[Json], streams: int, want: Sequence[str]) -> int:
+    """Print how many texts differ from those wanted, and return it."""
+    got = client.together(bodies, streams, phase)
     different = sum(a != b for a, b in zip(got, want, strict=True))
-    print(f"{name}: {len(want) - different} equal, {different} different", flush=True)
+    print(f"{phase}: {len(want) - different} equal, {different} different", flush=True)
     return different
 
 
@@ -118,11 +127,20 @@ def measure_speed(client: Client, model: str, max_tokens: int, streams: Sequence
 
 
 @contextlib.contextmanager
-def started(model: Path, runtime: Mapping[str, Any]) -> Iterator[Client]:
-    """A daemon of this script's own, with these members of runtimeConfig."""
+def started(model: Path, runtime: Mapping[str, Any], *, preemptions: bool = False) -> Iterator[Client]:
+    """A daemon of this script's own, with these members of runtimeConfig; may tell its preemptions."""
     config = configuration({"BackendConfig": {"runtimeConfig": dict(runtime)}}, mock=False, model=model)
     with own_daemon(config) as daemon:
         yield Client(f"http://{HOST}:{daemon.port}", None)
+        if preemptions:
+            print(f"requests preempted: {preempted(config['ServerConfig']['metricsPort'])}", flush=True)
+
+
+def preempted(metrics_port: int) -> int:
+    """As the daemon itself counts them."""
+    with urllib.request.urlopen(f"http://{HOST}:{metrics_port}/metrics", timeout=_TIMEOUT_S) as answer:
+        counted = re.search(r"^num_preemptions_total(?:{.*})? (\S+)$", answer.read().decode(), re.MULTILINE)
+    return int(float(counted[1])) if counted else 0
 
 
 def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
@@ -145,9 +163,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--served-model", default=NAME, help=f"name in the requests ({NAME})")
     parser.add_argument("--model", type=Path, default=TINY_MODEL, help="directory, for a daemon of its own")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="of its own daemon; 0: one per core")
     parser.add_argument("--requests", type=int, default=48, help="how many (48)")
     parser.add_argument("--streams", type=int, default=16, help="how many at a time when together (16)")
     parser.add_argument("--max-tokens", type=int, default=100, help="of each (100)")
+    parser.add_argument(
+        "--small-cache", type=int, default=24, metavar="BLOCKS", help="of the second daemon (24)"
+    )
     parser.add_argument("--speed", default="", metavar="N,N", help="also measure speed with so many streams")
     return parser.parse_args(argv)
 
@@ -157,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     bodies = seeded_bodies(args.requests, args.served_model, args.max_tokens)
     streams = [int(width) for width in args.speed.split(",") if width]
-    runtime = {"dtype": args.dtype}
+    runtime = {"dtype": args.dtype, "cpuThreads": args.threads}
     server = (
         contextlib.nullcontext(Client(args.url, tls_context(args)))
         if args.url
@@ -166,15 +188,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     different = 0
     try:
         with server as client:
-            alone = client.together(bodies, 1)
-            different += compare("together", client.together(bodies, args.streams), alone)
-            different += compare(
-                "and in the other order", client.together(bodies[::-1], args.streams), alone[::-1]
-            )
+            alone = client.together(bodies, 1, "alone")
+            different += compare("together", client, bodies, args.streams, alone)
+            different += compare("and in the other order", client, bodies[::-1], args.streams, alone[::-1])
             measure_speed(client, args.served_model, args.max_tokens, streams)
         if not args.url:
-            with started(args.model, runtime | {"kvCacheBlockNum": _SMALL_CACHE_BLOCKS}) as client:
-                different += compare("with a small cache", client.together(bodies, args.streams), alone)
+            small = runtime | {"kvCacheBlockNum": args.small_cache}
+            with started(args.model, small, preemptions=True) as client:
+                different += compare("with a small cache", client, bodies, args.streams, alone)
     except (OSError, RuntimeError) as error:
         print(f"cannot verify: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from engine.plan import StepKind, build_plan
 from engine.sampling_params import SamplingParams
@@ -267,9 +268,29 @@ def test_tiles_are_only_of_the_sizes_found() -> None:
     assert seen[3:] == [2, 16]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_width_that_changes_the_order_of_summation_is_not_used(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = functional.scaled_dot_product_attention
+
+    def backwards_at_128(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor
+    ) -> torch.Tensor:
+        if k.shape[2] % 512 == 128:
+            k, v, attn_mask = k.flip(2), v.flip(2), attn_mask.flip(3)
+        return honest(q, k, v, attn_mask=attn_mask)
+
+    spec = AttentionSpec(4, 2, 64, dtype)
+    widths = CpuInvariantAttention(spec)._widths.tolist()
+    assert widths[-1] == 512
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", backwards_at_128)
+    assert CpuInvariantAttention(spec)._widths.tolist() == [width for width in widths if width != 128]
+
+
 @settings(max_examples=12, deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 70)), min_size=1, max_size=6),
+    rows=st.lists(st.tuples(st.integers(0, 1100), st.integers(1, 70)), min_size=1, max_size=6),
     decode=st.booleans(),
     heads=st.sampled_from([(4, 2), (14, 2), (6, 1), (3, 3)]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

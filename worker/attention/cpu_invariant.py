@@ -3,35 +3,38 @@
 torch's fused kernel chooses its order of summation by the shapes it sees. So every query meets the same ones:
 
 - queries come in tiles: for each key head the same number of rows, filled up with zeros;
-- keys are filled up to a multiple of what the kernel takes at a time (hidden ones add exact zeros);
+- keys come in the kernel's own portions, of which the last is filled up to one of a few widths (hidden keys
+  add exact zeros);
 - there are always two products or more, for a single one would be spread over the threads in itself.
 
 The number of rows is a multiple of 8, so that the scratch memory of each thread begins at a cache line:
-products in float32 follow the alignment of their operands. Larger tiles and a finer filling are used where a
-probe at the start finds the same bits.
+products in float32 follow the alignment of their operands. Larger tiles and widths below the kernel's own are
+used where a probe at the start finds the same bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from engine.plan import Int32Array
 from worker.attention.base import AttentionSpec, store_kv
 from worker.attention.cpu_paged import similar_runs
 from worker.batch import Batch
 
 _KERNEL_KEYS = 512  # keys the kernel takes at a time
-_FINER_KEYS = (128, 256)
+_WIDTHS = range(64, _KERNEL_KEYS, 64)
 _ROW_MULTIPLE = 8
 _MANY_ROWS = 32  # of a tile: the kernel takes at most so many at a time from short queries
 _MASK_ELEMENTS = 2**22  # of one call
-_PROBED_CONTEXTS = (20, 128, 200, 384, 500, 600)
+_PROBED_QUARTERS = (1, 3, 4)  # of a width
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,13 @@ class _Run:
     """Rows of the step that are gathered together: n rows of W keys each."""
 
     tokens: slice  # of the step's query tokens
-    blocks: Tensor  # int32 [n * blocks of a row]
-    padding: Tensor  # int64: gathered slots beyond the context of their row
-    num_keys: int  # W
-    seen: NDArray[np.int32]  # [tokens] keys that each query sees, rising within a row
+    seen: Int32Array  # [tokens] keys that each query sees, rising within a row
+    slots: Tensor  # int32 [n * W] of the cache; beyond a row's context its first one again
+    k_slots: Tensor  # [n * W, KV, D] destination of the gather
+    v_slots: Tensor
+    k: Tensor  # [n, KV, W, D] the same memory
+    v: Tensor
+    mask: Tensor | None  # [n, 1, 1, W], added to the scores; None: too large to keep, made piece by piece
 
 
 class CpuInvariantAttention:
@@ -64,50 +70,54 @@ class CpuInvariantAttention:
         self._single = _Tile.of(1, self._share)
         self._k_buffer = torch.empty(0, dtype=spec.dtype)
         self._v_buffer = torch.empty(0, dtype=spec.dtype)
-        self._key_step = next(
-            (step for step in _FINER_KEYS if self._keeps_the_bits(self._single, step)), _KERNEL_KEYS
-        )
+        finer = [width for width in _WIDTHS if self._keeps_the_bits(self._single, width)]
+        self._widths = np.array([*finer, _KERNEL_KEYS], np.int32)
         many = _Tile.of(max(1, _MANY_ROWS // self._share), self._share)
-        self._many = many if self._keeps_the_bits(many, self._key_step) else self._single
+        agrees = all(self._keeps_the_bits(many, width) for width in self._widths)
+        self._many = many if agrees else self._single
 
     def begin_step(self, batch: Batch, block_size: int) -> None:
         self._slots = batch.slots
-        self._is_decode = batch.one_token_per_row
-        self._runs = list(
-            self._decode_runs(batch, block_size) if self._is_decode else self._prefill_runs(batch, block_size)
+        widths = self._filled(batch.context_len)
+        bounds = (
+            similar_runs((widths // _WIDTHS.step).tolist())
+            if batch.one_token_per_row
+            else [(row, row + 1) for row in range(len(widths))]
         )
-        self._reserve(max(len(run.blocks) for run in self._runs), block_size)
-        # all layers share them; those of a prefill are too large to keep
-        self._masks = [self._mask(run.seen, run.num_keys) for run in self._runs if self._is_decode]
+        # the first row of a run is its longest
+        shapes = [(slice(first, last), int(widths[first])) for first, last in bounds]
+        self._reserve(max((rows.stop - rows.start) * width for rows, width in shapes))
+        self._runs = [self._run(batch, rows, width, block_size) for rows, width in shapes]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         store_kv(k, v, k_cache, v_cache, self._slots)
+        k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
         parts: list[Tensor] = []
-        for index, run in enumerate(self._runs):
-            keys = self._gather(run, k_cache, self._k_buffer)
-            values = self._gather(run, v_cache, self._v_buffer)
-            if self._is_decode:
-                mask = self._masks[index][:, None, None]
-                parts.append(self._attend(self._single, q[run.tokens], keys, values, mask))
+        for run in self._runs:
+            torch.index_select(k_slots, 0, run.slots, out=run.k_slots)
+            torch.index_select(v_slots, 0, run.slots, out=run.v_slots)
+            if run.mask is not None:
+                parts.append(self._attend(self._single, q[run.tokens], run.k, run.v, run.mask))
             else:
-                parts += self._prefill(q[run.tokens], keys, values, run.seen)
+                parts += self._prefill(q[run.tokens], run.k, run.v, run.seen)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     # -- arithmetic -----------------------------------------------------------------------------------
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, seen: NDArray[np.int32]) -> Iterator[Tensor]:
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, seen: Int32Array) -> Iterator[Tensor]:
         """q: [Q, H, D] of one row, k, v: [1, KV, W, D] -> pieces of [Q, H * D].
 
         Piece by piece, so that the first queries do not multiply with all the keys that the last ones see.
         """
         tile = self._many
+        widths = self._filled(seen)
         first = 0
         while first < len(q):
-            width = self._filled(seen[first])
-            tiles = -(-int((seen[first:] <= width).sum()) // tile.queries)
+            width = int(widths[first])
+            tiles = -(-int((widths[first:] == width).sum()) // tile.queries)
             tiles = max(1, min(tiles, _MASK_ELEMENTS // (tile.rows * width)))
             last = min(first + tiles * tile.queries, len(q))
-            width = self._filled(seen[last - 1])
+            width = int(widths[last - 1])
             hidden = self._mask(np.resize(seen[first:last], tiles * tile.queries), width)
             mask = hidden.repeat_interleave(self._share, dim=0).view(tiles, 1, -1, width)
             mask = functional.pad(mask, (0, 0, 0, tile.rows - mask.shape[2]))
@@ -122,35 +132,39 @@ class CpuInvariantAttention:
         queries = functional.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q
         split = (tiles, tile.queries, spec.num_kv_heads, self._share, spec.head_dim)
         own = queries.reshape(split).transpose(1, 2).flatten(2, 3)  # [n, KV, queries * share, D]
-        rows = q.new_zeros(tiles, spec.num_kv_heads, tile.rows, spec.head_dim)
-        rows[:, :, : own.shape[2]] = own
+        rows = functional.pad(own, (0, 0, 0, tile.rows - own.shape[2]))
         if tiles * spec.num_kv_heads == 1:
             rows, k, v, mask = _repeated(2, rows, k, v, mask)
         out = functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
         by_query = out[:tiles, :, : own.shape[2]].reshape(tiles, spec.num_kv_heads, tile.queries, -1)
         return by_query.transpose(1, 2).reshape(tiles * tile.queries, -1)[: len(q)]
 
-    def _mask(self, seen: NDArray[np.int32], width: int) -> Tensor:
+    def _mask(self, seen: Int32Array, width: int) -> Tensor:
         """[len(seen), width], to be added to the scores."""
         hidden = torch.from_numpy(np.arange(width, dtype=np.int32)[None] >= seen[:, None])
         return torch.zeros(hidden.shape, dtype=self._spec.dtype).masked_fill_(hidden, float("-inf"))
 
-    def _filled(self, num_keys: int) -> int:
-        return -(-int(num_keys) // self._key_step) * self._key_step
+    def _filled(self, num_keys: Int32Array) -> Int32Array:
+        """What these numbers of keys, all at least 1, are filled up to."""
+        whole = (num_keys - 1) // _KERNEL_KEYS * _KERNEL_KEYS
+        filled: Int32Array = whole + self._widths[np.searchsorted(self._widths, num_keys - whole)]
+        return filled
 
-    def _keeps_the_bits(self, tile: _Tile, key_step: int) -> bool:
-        """Whether such tiles and steps of keys give the bits of single queries and the kernel's own step."""
+    def _keeps_the_bits(self, tile: _Tile, width: int) -> bool:
+        """Whether such tiles, filled up to `width` in the kernel's last step, give what single queries give
+        that are filled up to the whole step.
+        """
         num_queries = max(4, tile.queries)
-        for context in _PROBED_CONTEXTS:
-            whole = -(-context // _KERNEL_KEYS) * _KERNEL_KEYS
+        tiles = -(-num_queries // tile.queries)
+        for before, quarters in product((0, _KERNEL_KEYS), _PROBED_QUARTERS):
+            whole = before + _KERNEL_KEYS
+            context = before + width * quarters // 4
             q, k, v = self._revealing(num_queries, context, whole)
             mask = self._mask(np.array([context], np.int32), whole)[:, None, None]
             want = self._repeatedly(self._single, num_queries, q, k, v, mask)
-            tiles = -(-num_queries // tile.queries)
-            for width in range(-(-context // key_step) * key_step, whole + 1, key_step):
-                some = (k[:, :, :width], v[:, :, :width], mask[..., :width])
-                if not torch.equal(self._repeatedly(tile, tiles, q, *some), want):
-                    return False
+            k, v, mask = k[:, :, : before + width], v[:, :, : before + width], mask[..., : before + width]
+            if not torch.equal(self._repeatedly(tile, tiles, q, k, v, mask), want):
+                return False
         return True
 
     def _repeatedly(self, tile: _Tile, count: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -172,45 +186,35 @@ class CpuInvariantAttention:
 
     # -- keys and values ------------------------------------------------------------------------------
 
-    def _decode_runs(self, batch: Batch, block_size: int) -> Iterator[_Run]:
-        contexts = batch.context_len
-        for first, last in similar_runs((-(-contexts // self._key_step)).tolist()):
-            yield self._run(batch, slice(first, last), slice(first, last), contexts[first:last], block_size)
-
-    def _prefill_runs(self, batch: Batch, block_size: int) -> Iterator[_Run]:
-        starts = batch.query_start.tolist()
-        for row, context in enumerate(batch.context_len.tolist()):
-            tokens = slice(starts[row], starts[row + 1])
-            seen = np.arange(context - (tokens.stop - tokens.start), context, dtype=np.int32) + 1
-            yield self._run(batch, slice(row, row + 1), tokens, seen, block_size)
-
-    def _run(
-        self, batch: Batch, rows: slice, tokens: slice, seen: NDArray[np.int32], block_size: int
-    ) -> _Run:
+    def _run(self, batch: Batch, rows: slice, width: int, block_size: int) -> _Run:
         contexts = batch.context_len[rows]
-        num_keys = self._filled(contexts.max())
-        per_row = -(-num_keys // block_size)
-        table = np.zeros((len(contexts), per_row), np.int32)
-        known = batch.block_table[rows, :per_row]
-        table[:, : known.shape[1]] = known
-        beyond = np.arange(per_row * block_size, dtype=np.int32)[None] >= contexts[:, None]
-        padding = np.flatnonzero(beyond)
-        return _Run(tokens, torch.from_numpy(table.flatten()), torch.from_numpy(padding), num_keys, seen)
+        tokens = slice(int(batch.query_start[rows.start]), int(batch.query_start[rows.stop]))
+        if batch.one_token_per_row:
+            seen, mask = contexts, self._mask(contexts, width)[:, None, None]
+        else:
+            (last,) = contexts
+            seen, mask = np.arange(last - (tokens.stop - tokens.start), last, dtype=np.int32) + 1, None
+        slots = self._slots_of(contexts, batch.block_table[rows], width, block_size)
+        head = (self._spec.num_kv_heads, self._spec.head_dim)
+        size = len(slots) * math.prod(head)
+        k_slots, v_slots = (buffer[:size].view(-1, *head) for buffer in (self._k_buffer, self._v_buffer))
+        k, v = (x.view(-1, width, *head).transpose(1, 2) for x in (k_slots, v_slots))
+        return _Run(tokens, seen, slots, k_slots, v_slots, k, v, mask)
 
-    def _gather(self, run: _Run, cache: Tensor, buffer: Tensor) -> Tensor:
-        """[n, KV, W, D], in `buffer`; zero beyond each row's context, for a mask does not hide a NaN."""
-        _, block_size, *head = cache.shape
-        rows = len(run.seen) if self._is_decode else 1
-        blocks = buffer[: len(run.blocks) * block_size * head[0] * head[1]].view(
-            len(run.blocks), *cache.shape[1:]
-        )
-        torch.index_select(cache, 0, run.blocks, out=blocks)
-        blocks.flatten(0, 1).index_fill_(0, run.padding, 0)
-        return blocks.view(rows, -1, *head)[:, : run.num_keys].transpose(1, 2)
+    @staticmethod
+    def _slots_of(contexts: Int32Array, block_table: Int32Array, width: int, block_size: int) -> Tensor:
+        """int32 [n * width]: where the keys of each row lie, then its first one again and again.
 
-    def _reserve(self, num_blocks: int, block_size: int) -> None:
+        A mask hides those, but not the NaN that an earlier owner may have left in the row's last block.
+        """
+        places = np.arange(width, dtype=np.int32)[None]
+        own = np.where(places < contexts[:, None], places, 0)
+        blocks = np.take_along_axis(block_table, own // block_size, axis=1)
+        return torch.from_numpy((blocks * block_size + own % block_size).reshape(-1))
+
+    def _reserve(self, num_slots: int) -> None:
         """Room for the largest run; they come one after the other and share it."""
-        size = num_blocks * block_size * self._spec.num_kv_heads * self._spec.head_dim
+        size = num_slots * self._spec.num_kv_heads * self._spec.head_dim
         if size > len(self._k_buffer):
             self._k_buffer = torch.empty(size + size // 4, dtype=self._spec.dtype)
             self._v_buffer = torch.empty(size + size // 4, dtype=self._spec.dtype)

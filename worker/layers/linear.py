@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -114,18 +116,17 @@ class InvariantLinear:
         if not self._step.invariant:
             return self.fast(x)
         largest = self._sizes[-1]
-        if len(x) <= largest:
+        if x.shape[0] <= largest:
             return self._tile(x)
         return torch.cat([self._tile(tile) for tile in torch.split(x, largest)])
 
     def _tile(self, x: Tensor) -> Tensor:
-        rows = len(x)
-        size = next(size for size in self._sizes if size >= rows)
-        if size > rows:
-            x = functional.pad(x, (0, 0, 0, size - rows))
-        elif x.data_ptr() % _ALIGNMENT:
-            x = x.clone()  # some products follow the alignment of their operands
-        return self._narrow(x)[:rows]
+        rows = x.shape[0]
+        missing = self._sizes[bisect_left(self._sizes, rows)] - rows
+        if missing:
+            return self._narrow(functional.pad(x, (0, 0, 0, missing)))[:rows]
+        # some products follow the alignment of their operands
+        return self._narrow(x.clone() if x.data_ptr() % _ALIGNMENT else x)
 
 
 _ALIGNMENT = 64  # bytes; torch's own on the CPU
