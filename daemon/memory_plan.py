@@ -6,10 +6,14 @@ memory of those that only their own library can see.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from engine.errors import EXIT_INIT, StartupError
 from engine.settings import ModelSettings, ScheduleSettings
+from engine.weight_files import WeightFault, read_weights
 from worker.cache_size import (
     CPU_KV_SHARE,
     activation_bytes,
@@ -22,10 +26,22 @@ from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig, parse_decoder
 from worker.models.table import MODELS
 from worker.platforms.memory_limits import MemoryInfo
-from worker.safetensors_header import WeightFiles, read_weight_files
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """What a checkpoint's files hold together."""
+
+    num_files: int
+    elements: Counter[str]  # stored type ("BF16", "F32", ...) -> number of elements
+
+    @property
+    def main_type(self) -> str:
+        """The type most elements have."""
+        return self.elements.most_common(1)[0][0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +49,7 @@ class MemoryPlan:
     """Of one worker; all sizes in bytes."""
 
     architecture: str
-    weights: WeightFiles
+    weights: StoredWeights
     dtype: str  # it computes in
     weight_bytes: int  # in that type
     activation_bytes: int
@@ -57,14 +73,14 @@ def plan_memory(
     Raises StartupError when the model cannot be served by this build or does not fit, in the worker's words.
     """
     config, architecture = _read_decoder(model)
-    weights = read_weight_files(model.weight_path)
+    weights = _stored_weights(model.weight_path)
     dtype = _compute_dtype(model, weights)
     limits = _limits(schedule, config)
     plan = MemoryPlan(
         architecture=architecture,
         weights=weights,
         dtype=dtype,
-        weight_bytes=weights.num_elements * _BYTES[dtype],
+        weight_bytes=weights.elements.total() * _BYTES[dtype],
         activation_bytes=activation_bytes(config, limits),
         block_size=schedule.block_size,
         block_bytes=bytes_per_block(
@@ -98,14 +114,28 @@ def _read_decoder(model: ModelSettings) -> tuple[DecoderConfig, str]:
     return parse_decoder(values, qkv_bias=False, output_bias=False, mlp_bias=False), known[0]
 
 
-def _compute_dtype(model: ModelSettings, weights: WeightFiles) -> str:
+def _stored_weights(folder: Path) -> StoredWeights:
+    """Raises StartupError with all that is wrong with the files."""
+    try:
+        tensors = read_weights(folder).values()
+    except WeightFault as fault:
+        raise StartupError(str(fault), EXIT_INIT) from None
+    elements: Counter[str] = Counter()
+    for tensor in tensors:
+        elements[tensor.dtype] += math.prod(tensor.shape)
+    if not elements:
+        raise StartupError(f"{folder} holds no tensors in *.safetensors files", EXIT_INIT)
+    return StoredWeights(len({tensor.file for tensor in tensors}), elements)
+
+
+def _compute_dtype(model: ModelSettings, weights: StoredWeights) -> str:
     if model.dtype != "auto":
         name: str = model.dtype
-    elif weights.stored_type in _NAMES:
-        name = _NAMES[weights.stored_type]
+    elif weights.main_type in _NAMES:
+        name = _NAMES[weights.main_type]
     else:
         raise StartupError(
-            f"{model.weight_path}: weights stored as {weights.stored_type} are not supported", EXIT_INIT
+            f"{model.weight_path}: weights stored as {weights.main_type} are not supported", EXIT_INIT
         )
     on_cpu = model.device_type not in ("npu", "cuda")
     return "float32" if on_cpu and name == "float16" else name
