@@ -213,7 +213,7 @@ def test_a_standard_output_that_cannot_be_written_is_no_reason_to_die(
     make_daemon: MakeDaemon, redirection: str
 ) -> None:
     daemon = make_daemon().start(shell=redirection)
-    eventually(lambda: SUCCESS in daemon.stderr, 60.0, "the success line in the log")
+    eventually(lambda: SUCCESS in daemon.log("mindie-server"), 60.0, "the success line in the log")
     assert daemon.get("/v1/models").status == 200
     parent = daemon.child("endpoint").ppid()
     os.kill(parent, signal.SIGTERM)
