@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -90,7 +91,7 @@ def _explain(listener: Listener, error: OSError) -> str:
 
 
 def _owner(listener: Listener) -> int | None:
-    """The process that listens there, as far as we may see it."""
+    """The process to stop for the address to become free, as far as we may see it."""
     try:
         connections = psutil.net_connections("tcp")
     except psutil.Error:
@@ -98,5 +99,15 @@ def _owner(listener: Listener) -> int | None:
     taken = {(host, listener.port) for host in (listener.address, "0.0.0.0", "::")}
     for connection in connections:
         if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr) in taken:
-            return connection.pid
+            return _head_of(connection.pid) if connection.pid else None
     return None
+
+
+def _head_of(pid: int) -> int:
+    """The parent of the same name, if there is one: it holds the socket too, and would replace the child."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        parent = process.parent()
+        if parent is not None and parent.name() == process.name():
+            return parent.pid
+    return pid
