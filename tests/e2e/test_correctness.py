@@ -90,7 +90,8 @@ def test_fp32_alone_and_all_at_once(
 def test_F17_fp32_with_a_pool_so_small_that_sequences_are_preempted(
     make_daemon: MakeDaemon, prompts: list[list[int]], expected: dict[str, list[list[int]]]
 ) -> None:
-    daemon = make_daemon(config("float32", kvCacheBlockNum=64)).start().wait_ready()
+    waiting = NUM_PROMPTS * MAX_PROMPT  # far more than four times this cache
+    daemon = make_daemon(config("float32", kvCacheBlockNum=64, maxWaitingTokens=waiting)).start().wait_ready()
     assert all_at_once(daemon, prompts) == expected["float32"]
     assert "preempted" in daemon.log("mindie-llm-request")
 

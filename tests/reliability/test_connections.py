@@ -324,7 +324,7 @@ def test_F27_without_descriptors_accepting_pauses_and_resumes(make_daemon: MakeD
     endpoint = daemon.child("endpoint")
     hard = resource.prlimit(endpoint.pid, resource.RLIMIT_NOFILE)[1]
     with contextlib.ExitStack() as stack:
-        highest = max(int(entry) for entry in fds(endpoint))
+        highest = max(int(entry) for entry in settled_fds(endpoint))
         resource.prlimit(endpoint.pid, resource.RLIMIT_NOFILE, (highest + 4, hard))
         socks = [stack.enter_context(connect(daemon)) for _ in range(12)]
         # the spare descriptor carries the refusal; the idle ones that gave way make room for an honest one
@@ -345,6 +345,19 @@ def test_F27_without_descriptors_accepting_pauses_and_resumes(make_daemon: MakeD
 
 def fds(process: psutil.Process) -> list[str]:
     return os.listdir(f"/proc/{process.pid}/fd")
+
+
+def settled_fds(process: psutil.Process) -> list[str]:
+    """Once the log files that the first request opens are open, and its connection is closed."""
+    seen: list[list[str]] = [[]]
+
+    def settled() -> bool:
+        time.sleep(0.5)
+        seen.append(fds(process))
+        return seen[-1] == seen[-2]
+
+    eventually(settled, PLENTY_S, "the descriptors stay the same")
+    return seen[-1]
 
 
 def serves(daemon: Daemon) -> bool:
