@@ -6,7 +6,13 @@ import os
 
 
 def prepare_environment() -> None:
-    """Let idle compute threads spin only briefly before they sleep; an operator's own setting wins.
+    """Settings that torch and its libraries read once; an operator's own win."""
+    _let_idle_threads_sleep()
+    _bound_kernel_caches()
+
+
+def _let_idle_threads_sleep() -> None:
+    """Let idle compute threads spin only briefly before they sleep.
 
     At the end of a parallel region a thread waits for the others. Spinning for long takes the core from the
     very thread it waits for as soon as anything else runs on the machine; sleeping at once pays a wake-up per
@@ -16,3 +22,13 @@ def prepare_environment() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _bound_kernel_caches() -> None:
+    """Keep fewer of the kernels that oneDNN makes, and of what torch keeps beside each: half a MiB together.
+
+    Of either it is 1024 by default. A model's four shapes, times the row counts of worker/layers/linear.py,
+    are fewer than these.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "512")

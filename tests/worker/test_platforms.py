@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from engine.errors import EXIT_INIT, StartupError
-from worker.layers.linear import Float32Scratch, InvariantLinear, PackedLinear, PlainLinear, UpcastingLinear
+from worker.layers.linear import (
+    Float32Scratch,
+    InvariantLinear,
+    PackedLinear,
+    PlainLinear,
+    UpcastingLinear,
+    filled_rows,
+)
 from worker.platforms.cpu import CpuPlatform
 from worker.platforms.cpu_kernels import LinearKernels
 from worker.platforms.memory_limits import MemoryInfo, read_memory
@@ -183,11 +190,19 @@ def test_all_linears_compute_the_same(dtype: torch.dtype, with_bias: bool) -> No
         bias = torch.randn(outputs).to(dtype) if with_bias else None
         plain, packed = PlainLinear(weight, bias), PackedLinear(weight, bias)
         assert torch.equal(packed.dense(), weight)
-        for rows in (1, 7, 33, UpcastingLinear.MIN_ROWS):
+        for rows in (1, 7, 33, 49, UpcastingLinear.MIN_ROWS):
             x = torch.randn(rows, 40).to(dtype)
             want = (x.double() @ weight.double().T + (0 if bias is None else bias.double())).to(dtype)
             for linear in (plain, packed, UpcastingLinear(plain, scratch), UpcastingLinear(packed, scratch)):
                 torch.testing.assert_close(linear(x), want, **TOLERANCE[dtype])
+
+
+def test_kernels_are_made_for_few_numbers_of_rows() -> None:
+    filled = [filled_rows(rows) for rows in range(1, 4097)]
+    assert filled[:16] == list(range(1, 17))
+    assert all(rows <= size <= rows * 9 / 8 for rows, size in enumerate(filled, start=1))
+    assert len(set(filled)) == 16 + 8 * 8
+    assert all(filled_rows(size) == size for size in filled)
 
 
 @pytest.mark.parametrize("packed", [True, False])
