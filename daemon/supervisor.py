@@ -33,7 +33,7 @@ from daemon.links import Links
 from daemon.orphans import adopt_orphans, kill_stragglers
 from daemon.plan import ProcessSpec
 from daemon.reload import ConfigWatcher
-from daemon.restarts import MOST_DEATHS, WINDOW_S, RestartPolicy
+from daemon.restarts import RestartPolicy
 from daemon.signals import drain_signals
 from engine.errors import EXIT_CHILD_DIED, EXIT_INIT, EXIT_OK
 from engine.logs import START
@@ -227,6 +227,7 @@ class Supervisor:
     def _on_ready(self, child: Child, detail: str) -> None:
         log.info("%s ready: %s", child, detail)
         child.ready = True
+        self._policy.note_ready(child.spec)
         if child.is_endpoint:
             self._note_healed(child.spec)
             if self._watcher.in_force is not None:  # it was forked with what held at the start
@@ -365,7 +366,7 @@ class Supervisor:
     def _on_death(self, spec: ProcessSpec, reason: str) -> None:
         """A child is no more, and its links have been broken off: replace it, or give up."""
         now = time.monotonic()
-        delay = self._policy.note_death(now) if self._state is State.SERVING else None
+        delay = self._policy.note_death(spec, now) if self._state is State.SERVING else None
         if delay is None:
             self._give_up(spec, reason)
             return
@@ -380,10 +381,7 @@ class Supervisor:
     def _give_up(self, spec: ProcessSpec, reason: str) -> None:
         self._exit_code = EXIT_CHILD_DIED
         if self._state is State.SERVING:
-            log.error(
-                "%d deaths within %.0f s, stopping the service; the last was %s: %s",
-                MOST_DEATHS, WINDOW_S, spec, reason,
-            )  # fmt: skip
+            log.error("%s, stopping the service; the last was %s: %s", self._policy.verdict, spec, reason)
             for link in self._links:
                 self._family.tell_endpoint(InstanceDown(link.wire.instance, reason, final=True))
             self._drain(_FAILED_DRAIN_S)
