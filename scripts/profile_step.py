@@ -247,7 +247,7 @@ def parts_so_far(core: EngineCore, executor: ProbingExecutor) -> Times:
 def summarize(decodes: Sequence[Times], prefills: Sequence[Times]) -> Times:
     """Median ms of each part and of the whole step, and ms of all prefill steps together."""
     medians = {part: 1e3 * statistics.median(times[part] for times in decodes) for part in PARTS}
-    medians["step"] = 1e3 * statistics.median(sum(times.values()) for times in decodes)
+    medians["step"] = 1e3 * statistics.median(sum(times[part] for part in PARTS) for times in decodes)
     medians["prefill"] = 1e3 * sum(times[part] for times in prefills for part in PARTS)
     return medians
 
