@@ -16,6 +16,7 @@ log = logging.getLogger("server.api_keys")
 
 # What orchestrators ask, which have no key; everything else on every plane needs one.
 PUBLIC_PATHS = ("/v2/health/live", "/v2/health/ready")
+NO_KEY = "no_key"
 HEADERS = ("x-api-key", "api-key")  # beside `Authorization: Bearer KEY`
 
 
@@ -68,6 +69,7 @@ class ApiKeys:
 
     def __init__(self, settings: Sequence[ApiKeySettings]) -> None:
         self._keys: list[ApiKey] = []
+        self.refused = {NO_KEY: 0}  # requests so far, by reason
         self._quiet = QuietLog(log)
         self.replace(settings)
 
@@ -100,7 +102,8 @@ class ApiKeys:
                     found = key
             if found is not None:
                 return found
-        self._quiet.warning("no_key", "requests without a valid API key", peer)
+        self.refused[NO_KEY] += 1
+        self._quiet.warning(NO_KEY, "requests without a valid API key", peer)
         wrong = "needs an API key" if given is None else "has an API key that is not known here"
         raise Unauthorized(f"the request {wrong}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`")
 

@@ -279,7 +279,8 @@ async def _name_response(request: web.Request, response: web.StreamResponse) -> 
     if isinstance(response, web.HTTPException):  # raised by aiohttp before our handlers, such as 417
         make_canonical(response)
     request_id = response.headers["RequestUUID"] = request.get(_UUID) or new_uuid()
-    audit_request(request, f"{response.status} {request_id}")
+    key: ApiKey | None = request.get(_KEY)
+    audit_request(request, f"{response.status} {request_id}" + (f" key={key.name}" if key else ""))
     response.headers["Server"] = SERVER_NAME  # not which libraries in which versions
 
 

@@ -114,6 +114,8 @@ class _Endpoint:
                 if "management" not in listener.planes:
                     await self._listeners.open(listener, sock)
             service.register_bounds(self._metrics.bounds)
+            self._metrics.watch_refusals(service.admission.refused)
+            self._metrics.watch_refusals(self._keys.refused)
             self._adapters.register_bounds(self._metrics.bounds)
             self._listeners.register_bounds(self._metrics.bounds)
             service.is_paused = self._health.is_paused

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,23 @@ class _BoundCollector(Collector):
         yield from (used, limit, refused)
 
 
+class _RefusalCollector(Collector):
+    """Requests turned away before anything was computed for them, read at the moment somebody asks."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self.sources: list[Mapping[str, int]] = []
+
+    def collect(self) -> Iterator[Metric]:
+        refused = CounterMetricFamily(
+            "mindie_requests_refused", "requests turned away, by reason", labels=["model_name", "reason"]
+        )
+        for source in self.sources:
+            for reason, count in source.items():
+                refused.add_metric([self._model, reason], count)
+        yield refused
+
+
 class Metrics:
     """Counts what the handlers report; gauges are filled in when somebody asks."""
 
@@ -71,6 +88,8 @@ class Metrics:
         self._model = model_name
         self.bounds = Bounds()
         self._registry.register(_BoundCollector(self.bounds, model_name))
+        self._refusals = _RefusalCollector(model_name)
+        self._registry.register(self._refusals)
         self.connections = ConnectionMetrics(self._registry, model_name)
         self._received = self._counter("request_received", "inference requests that arrived")
         self._success = self._counter("request_success", "requests that finished well")
@@ -106,6 +125,10 @@ class Metrics:
         )
         self._snapshot = (time.monotonic(), 0.0, 0.0)
         self._preempted: dict[int, int] = {}  # by instance, as last told
+
+    def watch_refusals(self, counts: Mapping[str, int]) -> None:
+        """Show `counts`, which its owner keeps: requests turned away since the start, by reason."""
+        self._refusals.sources.append(counts)
 
     # -- reported by the handlers -------------------------------------------------------------------
 

@@ -153,6 +153,13 @@ def test_A21_wrong_keys_are_refused_and_told_once(guarded: Daemon) -> None:
     audit, denied = "security/mindie-server", "[GET /v1/models] [401 "
     eventually(lambda: guarded.log(audit).count(denied) >= 20, 10.0, "the lines of the audit log")
     assert "canary-guess" not in guarded.log(audit)
+    told = ask(guarded, "alice", "/metrics", None, "GET", guarded.metrics_port)
+    (count,) = re.findall(
+        rb'^mindie_requests_refused_total\{.*reason="no_key"\} (\S+)', told.body, re.MULTILINE
+    )
+    assert float(count) >= 20
+    served = f"[GET /metrics] [200 {told.headers['requestuuid']} key=alice]"
+    eventually(lambda: served in guarded.log(audit), 10.0, "whose request it was")
 
 
 # -- A24 ---------------------------------------------------------------------------------------------
