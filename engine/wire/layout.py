@@ -1,8 +1,13 @@
-"""How records lie in a ring slot. Little-endian, fixed offsets, read and written as numpy views."""
+"""How records lie in a ring slot: little-endian, fixed offsets.
+
+Ids of prompts are numpy views. Rows of tokens are packed one by one: with a handful of them, which is most
+steps, that takes a tenth of the time of numpy's columns, and with hundreds half of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
@@ -11,30 +16,17 @@ from numpy.typing import NDArray
 from engine.outcome import Outcome
 from engine.wire.sizes import PROMPT_HEADER_BYTES, TOKEN_SLOT_BYTES
 
-PROMPT_HEADER = np.dtype([("request_id", "<u8"), ("num_tokens", "<u4"), ("reserved", "<u4")])
-TOKEN_HEADER = np.dtype(
-    [("step", "<u8"), ("rows", "<u4"), ("batch_size", "<u4"), ("step_us", "<u4"), ("reserved", "<u4", 3)]
-)
-TOKEN_ROW = np.dtype(
-    [
-        ("request_id", "<u8"),
-        ("token", "<i4"),  # -1: none, see error
-        ("queue_wait_us", "<u4"),
-        ("logprob", "<f4"),
-        ("branch", "<u2"),
-        ("num_top", "<u2"),  # entries of this row in the table behind all rows
-        ("finish", "u1"),  # FinishCode
-        ("error", "u1"),  # ServerError.number, 0 = none
-        ("preemptions", "u1"),  # of the request so far; more than 255 stay 255
-        ("reserved", "u1"),
-        ("rank", "<u4"),  # > 0: the row is about a token of the prompt, see Outcome
-    ]
-)
-TOP_ENTRY = np.dtype([("token", "<i4"), ("logprob", "<f4")])
-assert (PROMPT_HEADER.itemsize, TOKEN_HEADER.itemsize) == (PROMPT_HEADER_BYTES, 32)
-assert (TOKEN_ROW.itemsize, TOP_ENTRY.itemsize) == (32, 8)
+PROMPT_HEADER = Struct("<QI4x")  # request_id, number of ids
+TOKEN_HEADER = Struct("<QIII12x")  # step, rows, batch_size, step_us
+# request_id; token, -1: none, see error; queue_wait_us; logprob; branch; entries of this row in the table
+# behind all rows; finish (FinishCode); error (ServerError.number, 0: none); preemptions of the request so
+# far, more than 255 stay 255; rank, > 0: the row is about a token of the prompt, see Outcome
+TOKEN_ROW = Struct("<QiIfHHBBBxI")
+TOP_ENTRY = Struct("<if")  # token, logprob
+assert (PROMPT_HEADER.size, TOKEN_HEADER.size) == (PROMPT_HEADER_BYTES, 32)
+assert (TOKEN_ROW.size, TOP_ENTRY.size) == (32, 8)
 
-_ROOM = TOKEN_SLOT_BYTES - TOKEN_HEADER.itemsize
+_ROOM = TOKEN_SLOT_BYTES - TOKEN_HEADER.size
 
 
 class TokenRow(NamedTuple):
@@ -54,33 +46,30 @@ class TokenRow(NamedTuple):
 
 def prompt_pieces(slot_bytes: int, ids: NDArray[np.int32]) -> list[NDArray[np.int32]]:
     """The ids of one request cut into what fits a slot; nearly always that is one piece."""
-    room = (slot_bytes - PROMPT_HEADER.itemsize) // 4
+    room = (slot_bytes - PROMPT_HEADER.size) // 4
     return [ids[start : start + room] for start in range(0, len(ids), room)]
 
 
 def write_prompt(slot: memoryview, request_id: int, ids: NDArray[np.int32]) -> None:
     """`ids`: one of prompt_pieces."""
-    header = np.frombuffer(slot, PROMPT_HEADER, 1)
-    header["request_id"] = request_id
-    header["num_tokens"] = len(ids)
-    np.frombuffer(slot, np.int32, len(ids), PROMPT_HEADER.itemsize)[:] = ids
+    PROMPT_HEADER.pack_into(slot, 0, request_id, len(ids))
+    np.frombuffer(slot, np.int32, len(ids), PROMPT_HEADER.size)[:] = ids
 
 
 def read_prompt(slot: memoryview) -> tuple[int, NDArray[np.int32]]:
     """Request id and a copy of the ids in this slot."""
-    header = np.frombuffer(slot, PROMPT_HEADER, 1)[0]
-    ids = np.frombuffer(slot, np.int32, int(header["num_tokens"]), PROMPT_HEADER.itemsize)
-    return int(header["request_id"]), ids.copy()
+    request_id, num_tokens = PROMPT_HEADER.unpack_from(slot)
+    return request_id, np.frombuffer(slot, np.int32, num_tokens, PROMPT_HEADER.size).copy()
 
 
 def token_records(outcomes: Sequence[Outcome]) -> Iterator[Sequence[Outcome]]:
     """Cut one step's outcomes into what fits a slot; nearly always that is one piece."""
-    if len(outcomes) * TOKEN_ROW.itemsize <= _ROOM and not any(outcome.top for outcome in outcomes):
+    if len(outcomes) * TOKEN_ROW.size <= _ROOM and not any(outcome.top for outcome in outcomes):
         yield outcomes
         return
     start = used = 0
     for index, outcome in enumerate(outcomes):
-        size = TOKEN_ROW.itemsize + len(outcome.top) * TOP_ENTRY.itemsize
+        size = TOKEN_ROW.size + len(outcome.top) * TOP_ENTRY.size
         if used + size > _ROOM:
             yield outcomes[start:index]
             start, used = index, 0
@@ -91,39 +80,52 @@ def token_records(outcomes: Sequence[Outcome]) -> Iterator[Sequence[Outcome]]:
 def write_tokens(
     slot: memoryview, step: int, batch_size: int, step_us: int, outcomes: Sequence[Outcome]
 ) -> None:
-    header = np.frombuffer(slot, TOKEN_HEADER, 1)
-    header["step"], header["rows"], header["batch_size"], header["step_us"] = (
-        step, len(outcomes), batch_size, step_us,
-    )  # fmt: skip
-    rows = np.frombuffer(slot, TOKEN_ROW, len(outcomes), TOKEN_HEADER.itemsize)
-    rows["request_id"] = [o.request_id for o in outcomes]
-    rows["branch"] = [o.branch for o in outcomes]
-    rows["token"] = [o.token for o in outcomes]
-    rows["queue_wait_us"] = [min(o.queue_wait_us, 0xFFFFFFFF) for o in outcomes]
-    rows["finish"] = [o.finish for o in outcomes]
-    rows["error"] = [o.error.number if o.error else 0 for o in outcomes]
-    rows["logprob"] = [o.logprob for o in outcomes]
-    rows["preemptions"] = [min(o.preemptions, 0xFF) for o in outcomes]
-    rows["rank"] = [o.rank for o in outcomes]
-    rows["num_top"] = [len(o.top) for o in outcomes]
-    entries = [entry for o in outcomes for entry in o.top]
-    if entries:
-        table = np.frombuffer(slot, TOP_ENTRY, len(entries), TOKEN_HEADER.itemsize + rows.nbytes)
-        table["token"], table["logprob"] = zip(*entries, strict=True)
+    TOKEN_HEADER.pack_into(slot, 0, step, len(outcomes), batch_size, step_us)
+    at = TOKEN_HEADER.size
+    for o in outcomes:
+        TOKEN_ROW.pack_into(
+            slot,
+            at,
+            o.request_id,
+            o.token,
+            min(o.queue_wait_us, 0xFFFFFFFF),
+            o.logprob,
+            o.branch,
+            len(o.top),
+            o.finish,
+            o.error.number if o.error else 0,
+            min(o.preemptions, 0xFF),
+            o.rank,
+        )
+        at += TOKEN_ROW.size
+    for o in outcomes:
+        for entry in o.top:
+            TOP_ENTRY.pack_into(slot, at, *entry)
+            at += TOP_ENTRY.size
 
 
 def read_tokens(slot: memoryview) -> tuple[int, list[TokenRow]]:
     """Batch size of the step, and its rows."""
-    header = np.frombuffer(slot, TOKEN_HEADER, 1)[0]
-    rows = np.frombuffer(slot, TOKEN_ROW, int(header["rows"]), TOKEN_HEADER.itemsize)
-    num_top = rows["num_top"].tolist()
-    entries = np.frombuffer(slot, TOP_ENTRY, sum(num_top), TOKEN_HEADER.itemsize + rows.nbytes).tolist()
-    names = (
-        "request_id", "branch", "token", "queue_wait_us", "finish", "error", "logprob", "rank", "preemptions",
-    )  # fmt: skip
-    columns = [rows[name].tolist() for name in names]
-    read, start = [], 0
-    for *values, count in zip(*columns, num_top, strict=True):
-        read.append(TokenRow._make((*values, entries[start : start + count])))
-        start += count
-    return int(header["batch_size"]), read
+    _, num_rows, batch_size, _ = TOKEN_HEADER.unpack_from(slot)
+    at = TOKEN_HEADER.size + num_rows * TOKEN_ROW.size
+    rows = []
+    for (
+        request_id,
+        token,
+        queue_wait_us,
+        logprob,
+        branch,
+        num_top,
+        finish,
+        error,
+        preemptions,
+        rank,
+    ) in TOKEN_ROW.iter_unpack(slot[TOKEN_HEADER.size : at]):
+        top: Sequence[tuple[int, float]] = ()
+        if num_top:
+            end = at + num_top * TOP_ENTRY.size
+            top, at = list(TOP_ENTRY.iter_unpack(slot[at:end])), end
+        rows.append(
+            TokenRow(request_id, branch, token, queue_wait_us, finish, error, logprob, rank, preemptions, top)
+        )
+    return batch_size, rows

@@ -280,9 +280,9 @@ def test_prompt_and_token_records_round_trip() -> None:
     batch_size, rows = layout.read_tokens(slot)
     assert batch_size == 2
     assert rows == [
-        (1, 0, 42, 17, 0, 0, 0.0, 0, 0, []),
+        (1, 0, 42, 17, 0, 0, 0.0, 0, 0, ()),
         (1, 3, 7, 18, FinishCode.EOS, 0, -0.5, 0, 255, [(7, -0.5), (9, -2.25)]),
-        (2**63, 0, -1, 2**32 - 1, FinishCode.ERROR, EngineFailed.number, 0.0, 0, 0, []),
+        (2**63, 0, -1, 2**32 - 1, FinishCode.ERROR, EngineFailed.number, 0.0, 0, 0, ()),
         (4, 1, 5, 19, 0, 0, -1.5, 0, 0, [(5, -1.5)]),
         (5, 0, 6, 0, 0, 0, -9.5, 151_000, 0, [(8, -0.25)]),
     ]
@@ -296,5 +296,5 @@ def test_a_step_larger_than_a_slot_is_cut_without_loss(num_top: int) -> None:
     seen = []
     for piece in layout.token_records(outcomes):
         layout.write_tokens(slot, 1, 1, 1, piece)  # raises when it does not fit
-        seen += [(row.request_id, row.top) for row in layout.read_tokens(slot)[1]]
+        seen += [(row.request_id, list(row.top)) for row in layout.read_tokens(slot)[1]]
     assert seen == [(i, top) for i in range(5000)]
