@@ -86,15 +86,22 @@ def own_daemon(config: Json) -> Iterator[OwnDaemon]:
                 [sys.executable, "-c", _LAUNCH], cwd=root, env=environ, stdin=subprocess.DEVNULL,
                 stdout=out, stderr=log,
             )  # fmt: skip
+        previous = signal.signal(signal.SIGTERM, _end)
         try:
             _wait_ready(process, root)
             yield OwnDaemon(
                 process.pid, config["ServerConfig"]["port"], _endpoint_of(process.pid), root / "log"
             )
         finally:
+            signal.signal(signal.SIGTERM, previous)
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
+
+
+def _end(number: int, frame: object) -> None:
+    """By default the script would be gone at once, and leave its daemon behind."""
+    sys.exit(128 + number)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], root: Path) -> None:
