@@ -420,8 +420,11 @@ class EngineClient:
 
     def _on_tokens(self, link: InstanceLink) -> None:
         for _ in range(_RECORDS_PER_TURN):
-            if link.ends is None or not self._read_record(link, link.ends):
+            ends = link.ends
+            if ends is None or not self._read_record(link, ends):
                 return
+            if not ends.tokens.num_at_hand:
+                return  # what has been filled meanwhile wakes us again: looking for it costs a system call
         # prompts with log-probabilities come in hundreds of records: others want their turn
         asyncio.get_running_loop().call_soon(self._guarded, self._on_tokens, link)
 

@@ -147,8 +147,13 @@ class RingReader:
         """Slots the writer has filled and we have not released yet."""
         return self._filled + _peek(self._ring.filled_fd)
 
+    @property
+    def num_at_hand(self) -> int:
+        """Slots that `take` returns without asking the system; there may be more."""
+        return self._filled
+
     def fileno(self) -> int:
-        """Readable when slots were filled since the last `take` that found none left."""
+        """Readable when slots were filled beyond those at hand."""
         return self._ring.filled_fd
 
     def take(self) -> memoryview | None:
