@@ -10,7 +10,8 @@ from daemon.config_schema import MODEL
 from daemon.config_values import Values
 
 PLUGIN_PARAMS = f"{MODEL}.plugin_params"
-_SPEED_PLUGINS = ("prefix_cache", "splitfuse")  # change speed, never results
+PREFIX_CACHE = "prefix_cache"
+_SPEED_PLUGINS = (PREFIX_CACHE, "splitfuse")  # change speed, never results
 _RESULT_PLUGINS = ("la", "memory_decoding", "mtp")
 
 
@@ -45,6 +46,8 @@ def read_plugins(values: Values, report: Report) -> None:
 def _plugins_usable(names: tuple[str, ...], given: object, report: Report) -> bool:
     usable = True
     for name in names:
+        if name == PREFIX_CACHE:
+            continue
         if name in _SPEED_PLUGINS:
             report.warn(f"{PLUGIN_PARAMS}: plugin {name} is not available in this build yet; running without")
             continue

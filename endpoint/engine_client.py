@@ -304,17 +304,18 @@ class EngineClient:
         *,
         arrival: float,
         token_limit_s: float,
+        cache_salt: bytes = b"",
     ) -> Flight:
         """Send the prompts of a request on their way, each to the instance with the least to do.
 
-        All have as many branches. Raises ServiceUnavailable when no instance can take one of them; the others
-        are then aborted.
+        All have as many branches. `cache_salt`: see Submit. Raises ServiceUnavailable when no instance can
+        take one of them; the others are then aborted.
         """
         now = time.monotonic()
         flight = Flight(prompts[0][1].branches, arrival, now, now, token_limit_s)
         try:
             for prompt_ids, sampling in prompts:
-                await self._submit_part(flight, prompt_ids, sampling, priority)
+                await self._submit_part(flight, prompt_ids, sampling, priority, cache_salt)
         except BaseException:
             self.close(flight)
             raise
@@ -322,7 +323,12 @@ class EngineClient:
         return flight
 
     async def _submit_part(
-        self, flight: Flight, prompt_ids: Sequence[int], sampling: SamplingParams, priority: int
+        self,
+        flight: Flight,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        priority: int,
+        cache_salt: bytes,
     ) -> None:
         if not self.available and not self.recovering:
             raise ServiceUnavailable(
@@ -335,6 +341,7 @@ class EngineClient:
             sampling,
             priority,
             [[] for _ in range(flight.branches)],
+            cache_salt,
         )
         flight.parts.append(part)
         await self._send(part)
@@ -369,7 +376,7 @@ class EngineClient:
                     return False
             layout.write_prompt(slot, request_id, piece)
             ends.prompts.commit()
-        submit = Submit(request_id, len(part.prompt), part.priority, counts, part.sampling)
+        submit = Submit(request_id, len(part.prompt), part.priority, counts, part.cache_salt, part.sampling)
         if not ends.commands.send(submit):
             link.serving = False  # its leader is gone; the parent is about to say so
             return False
@@ -446,6 +453,8 @@ class EngineClient:
                 continue
             if row.preemptions != part.preemptions:
                 flight.note_preemptions(part, row.preemptions, row.queue_wait_us)
+            if row.cached_tokens:
+                part.cached_tokens = row.cached_tokens
             if row.finish:
                 part.ended.add(row.branch)
                 if part.all_ended:
@@ -501,4 +510,13 @@ def _occupancy(link: InstanceLink) -> Occupancy:
     if link.stats is None:  # nothing has run yet
         return Occupancy(0, 0, 0, total, total)
     stats = link.stats
-    return Occupancy(stats.running, stats.waiting, 0, stats.free_blocks, total, stats.preemptions)
+    return Occupancy(
+        stats.running,
+        stats.waiting,
+        0,
+        stats.free_blocks,
+        total,
+        stats.preemptions,
+        stats.prefix_tokens,
+        stats.prefix_hits,
+    )

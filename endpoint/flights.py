@@ -57,9 +57,11 @@ class Part:
     sampling: SamplingParams
     priority: int
     outputs: list[list[int]]  # of each branch, as far as it has come
+    cache_salt: bytes = b""  # Submit.cache_salt
     ended: set[int] = field(default_factory=set)  # its branches without further tokens, by its own numbers
     prompt_rows: list[PromptRow] = field(default_factory=list)  # when asked for: all before the first token
     preemptions: int = 0  # in the instance it is in
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache by the instance that began it
     request_id: int = 0  # where it is now; another one in every instance
     link: InstanceLink | None = None  # None: it waits for an instance
     crashes: int = 0  # of instances it was in
@@ -111,6 +113,11 @@ class Flight:
     def over(self) -> bool:
         """Nobody waits for further tokens."""
         return self._cancelled or self._failure is not None
+
+    @property
+    def cached_tokens(self) -> list[int]:
+        """Of each prompt, found in a prefix cache; 0 until its first token has come."""
+        return [part.cached_tokens for part in self.parts]
 
     @property
     def failure(self) -> ServerError | None:

@@ -27,7 +27,9 @@ class Occupancy:
     swapped: int
     free_blocks: int
     total_blocks: int
-    preemptions: int = 0  # since start
+    preemptions: int = 0  # since start, as the others below
+    prefix_tokens: int = 0  # of prompts, looked up in the prefix cache
+    prefix_hits: int = 0  # of them, found there
 
 
 def server_metadata(schedule: ScheduleSettings, prefill_policy: int = 0, decode_policy: int = 0) -> bytes:

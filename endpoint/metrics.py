@@ -78,6 +78,23 @@ class _RefusalCollector(Collector):
         yield refused
 
 
+class _Growth:
+    """By how much the instances' own counters have grown since somebody asked last."""
+
+    def __init__(self, counter: Callable[[Occupancy], int]) -> None:
+        self._counter = counter
+        self._told: dict[int, int] = {}  # by instance
+
+    def of(self, instances: Sequence[Occupancy]) -> int:
+        growth = 0
+        for number, instance in enumerate(instances):
+            told, before = self._counter(instance), self._told.get(number, 0)
+            # one that has been replaced counts from zero again, and what we tell must not go back
+            growth += told - before if told >= before else told
+            self._told[number] = told
+        return growth
+
+
 class Metrics:
     """Counts what the handlers report; gauges are filled in when somebody asks."""
 
@@ -97,8 +114,8 @@ class Metrics:
         self._cancelled = self._counter("mindie_request_cancelled", "requests whose client hung up")
         self._in_flight = self._gauge("mindie_requests_in_flight", "requests that have not ended")
         self._preemptions = self._counter("num_preemptions", "requests preempted")
-        self._gauge("all_radix_match_num", "prompt tokens looked up in the prefix cache")
-        self._gauge("npu_radix_match_hit_num", "prompt tokens found in the prefix cache")
+        self._looked_up = self._gauge("all_radix_match_num", "prompt tokens looked up in the prefix cache")
+        self._hits = self._gauge("npu_radix_match_hit_num", "prompt tokens found in the prefix cache")
         self._prompt_tokens = self._counter("prompt_tokens", "prompt tokens of requests sent to the engine")
         self._generated = self._counter("generation_tokens", "tokens generated")
         self._failed_share = self._gauge("failed_request_perc", "failed / received")
@@ -107,7 +124,9 @@ class Metrics:
         self._swapped = self._gauge("num_requests_swapped", "swapped out")
         self._cache_usage = self._gauge("npu_cache_usage_perc", "cache blocks in use, 0 to 1")
         self._gauge("cpu_cache_usage_perc", "swap blocks in use, 0 to 1")
-        self._gauge("npu_prefix_cache_hit_rate", "prompt tokens found in the prefix cache, 0 to 1")
+        self._hit_rate = self._gauge(
+            "npu_prefix_cache_hit_rate", "prompt tokens found in the prefix cache, 0 to 1"
+        )
         self._prompt_rate = self._gauge("avg_prompt_throughput_toks_per_s", "prompt tokens per second")
         self._generation_rate = self._gauge("avg_generation_throughput_toks_per_s", "tokens per second")
         self._ttft = self._histogram("time_to_first_token_seconds", "submit to first token", _TTFT)
@@ -124,7 +143,9 @@ class Metrics:
             registry=self._registry,
         )
         self._snapshot = (time.monotonic(), 0.0, 0.0)
-        self._preempted: dict[int, int] = {}  # by instance, as last told
+        self._new_preemptions = _Growth(lambda instance: instance.preemptions)
+        self._new_looked_up = _Growth(lambda instance: instance.prefix_tokens)
+        self._new_hits = _Growth(lambda instance: instance.prefix_hits)
 
     def watch_refusals(self, counts: Mapping[str, int]) -> None:
         """Show `counts`, which its owner keeps: requests turned away since the start, by reason."""
@@ -187,7 +208,11 @@ class Metrics:
         self._running.set(sum(instance.running for instance in instances))
         self._waiting.set(sum(instance.waiting for instance in instances))
         self._swapped.set(sum(instance.swapped for instance in instances))
-        self._count_preemptions(instances)
+        self._preemptions.inc(self._new_preemptions.of(instances))
+        self._looked_up.inc(self._new_looked_up.of(instances))
+        self._hits.inc(self._new_hits.of(instances))
+        looked_up = _value(self._looked_up)
+        self._hit_rate.set(_value(self._hits) / looked_up if looked_up else 0.0)
         self._cache_usage.set((total - free) / total if total else 0.0)
         received, failed = _value(self._received), _value(self._failed)
         self._failed_share.set(failed / received if received else 0.0)
@@ -211,13 +236,6 @@ class Metrics:
         ]
         return {"resultType": "vector", "result": result}
 
-    def _count_preemptions(self, instances: Sequence[Occupancy]) -> None:
-        for number, instance in enumerate(instances):
-            told, before = instance.preemptions, self._preempted.get(number, 0)
-            # one that has been replaced counts from zero again, and the counter must not go back
-            self._preemptions.inc(told - before if told >= before else told)
-            self._preempted[number] = told
-
     def _update_rates(self) -> None:
         now, (then, prompt, generated) = time.monotonic(), self._snapshot
         if now - then < _THROUGHPUT_S:
@@ -237,7 +255,7 @@ class Metrics:
         return histogram.labels(self._model)
 
 
-def _value(counter: Counter) -> float:
+def _value(counter: Counter | Gauge) -> float:
     (metric,) = counter.collect()
     return float(metric.samples[0].value)
 

@@ -81,7 +81,7 @@ class RequestRecord:
         return Breakdown(
             prompt_tokens=stream.context.prompt_tokens if stream else 0,
             output_tokens=stream.output_tokens if stream else 0,
-            cached_tokens=0,  # there is no prefix cache
+            cached_tokens=sum(stream.flight.cached_tokens) if stream else 0,
             preemptions=stream.flight.preemptions if stream else 0,
             queued_ms=queued * 1e3,
             prepared_ms=prepared * 1e3,

@@ -145,7 +145,7 @@ class GenerationService:
                 if request.sampling.prompt_logprobs >= 0:
                     check_prompt_logprobs(sum(map(len, prompts)), request.sampling.prompt_logprobs)
                 place.expect_first_token(sum(map(len, prompts)))
-                ticket.flight = await self._submit(request, prompts, ticket.arrival)
+                ticket.flight = await self._submit(request, prompts, ticket.arrival, key)
             except asyncio.CancelledError:
                 if ticket.verdict is not None:
                     raise ticket.verdict from None
@@ -339,7 +339,11 @@ class GenerationService:
         return ids[:limit] if self._truncation == "keep_head" else ids[-limit:]
 
     async def _submit(
-        self, request: GenerationRequest, prompts: Sequence[Sequence[int]], arrival: float
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        arrival: float,
+        key: ApiKey | None,
     ) -> Flight:
         asked = request.sampling
         parts = [
@@ -356,7 +360,11 @@ class GenerationService:
             for index, ids in enumerate(prompts)
         ]
         return await self._engine.submit(
-            parts, request.priority, arrival=arrival, token_limit_s=self._token_limit_s(request.timeout_s)
+            parts,
+            request.priority,
+            arrival=arrival,
+            token_limit_s=self._token_limit_s(request.timeout_s),
+            cache_salt=b"" if key is None else key.cache_salt,
         )
 
     def _token_limit_s(self, asked: float | None) -> float:
@@ -421,6 +429,7 @@ class GenerationService:
             echoes=self._echoes(request) if request.echo else (),
             prompt_lengths=[len(ids) for ids in prompts],
             opening=self._opening(request, prompts[0]),
+            cached_tokens=lambda: flight.cached_tokens,
         )
         self._metrics.submitted(prompt_tokens)
         return GenerationStream(

@@ -146,7 +146,12 @@ class EngineCore:
         ids = self.link.take_prompt(submit)
         prompt = ids[: submit.num_prompt_tokens]
         group = SequenceGroup(
-            submit.request_id, prompt, submit.sampling, priority=submit.priority, now=time.monotonic()
+            submit.request_id,
+            prompt,
+            submit.sampling,
+            priority=submit.priority,
+            now=time.monotonic(),
+            cache_salt=submit.cache_salt,
         )
         group.resume(submit.outputs, ids[submit.num_prompt_tokens :])
         if self.desk.serves(submit.sampling.lora):
@@ -202,6 +207,8 @@ class EngineCore:
                 running=len(scheduler.running),
                 preemptions=scheduler.num_preemptions,
                 free_blocks=scheduler.blocks.num_free,
+                prefix_tokens=scheduler.num_prefix_tokens,
+                prefix_hits=scheduler.num_prefix_hits,
             )
         )
         if idle:

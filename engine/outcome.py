@@ -35,3 +35,4 @@ class Outcome:
     # likely. `top` are then the others. These rows come before the first token, one per token but the first.
     rank: int = 0
     preemptions: int = 0  # of its request so far
+    cached_tokens: int = 0  # of its request's prompt, found in the prefix cache

@@ -14,6 +14,7 @@ from engine.beam import BeamSearch, Candidate, History
 from engine.block_manager import BlockManager
 from engine.errors import EngineFailed, GenerationRefused, GrammarFailed, ServerError
 from engine.executor import NO_CONTINUATION, NOT_YET, PromptScores, Sampled
+from engine.group_blocks import allocate, can_ever_hold, needs
 from engine.logs import REQUESTS, TOKENS
 from engine.logs.codes import FIRST_TOKEN_LATE, code
 from engine.outcome import FinishCode, Outcome
@@ -42,6 +43,8 @@ class Scheduler:
         self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
         self.num_preemptions = 0
+        self.num_prefix_tokens = 0  # of prompts, looked up in the prefix cache
+        self.num_prefix_hits = 0  # of them, found there
         self._by_id: dict[int, SequenceGroup] = {}
         self._eos = frozenset(eos_token_ids)
         self._refused: list[Outcome] = []
@@ -56,7 +59,7 @@ class Scheduler:
         limit = min(self.limits.max_prefill_tokens, self.limits.max_seq_len - 1)
         widest = min(self.limits.max_prefill_batch_size, self.limits.max_batch_size)
         fits = num_prompt <= limit and len(group.sequences) <= widest
-        if not fits or not self._can_ever_hold(group):
+        if not fits or not can_ever_hold(self.blocks, group):
             self.refuse(group, GenerationRefused)
             return
         # First come first served, and each step of priority counts like maxFirstTokenWaitTime of waiting: so
@@ -146,6 +149,8 @@ class Scheduler:
                 outcomes.append(self._commit_sample(group, seq, sampled, index, waits[seq.request_id]))
         for request_id, indices in beams.items():
             outcomes += self._commit_beams(plan, sampled, indices, self._by_id[request_id], waits[request_id])
+        for seq in plan.sequences:  # not sooner: a sample that is held back takes a token back
+            self.blocks.publish(seq)
         for group in self._step_groups:
             group.enqueued = now
         if plan.sample_rows is not None or any(o.finish is not FinishCode.NONE for o in outcomes):
@@ -180,6 +185,7 @@ class Scheduler:
             logprob,
             top,
             preemptions=group.num_preemptions,
+            cached_tokens=group.num_cached,
         )
 
     def _hold_back(self, group: SequenceGroup, seq: Sequence) -> None:
@@ -226,6 +232,7 @@ class Scheduler:
                 step.logprob,
                 step.top,
                 preemptions=group.num_preemptions,
+                cached_tokens=group.num_cached,
             )
             for branch, answer in enumerate(search.answers)
             for step in answer.steps
@@ -299,7 +306,7 @@ class Scheduler:
         Its one token ends it, so it needs a block for this step only.
         """
         head = self.waiting[0]
-        if not head.is_probe or self._needs(head)[0] > self.blocks.num_free:
+        if not head.is_probe or needs(self.blocks, head).blocks > self.blocks.num_free:
             return []
         self._allocate(head)
         return self._start([head])
@@ -314,7 +321,7 @@ class Scheduler:
             width += len(group.live)
             if width > room:
                 break
-            needed_blocks, needed_tokens = self._needs(group)
+            needed_blocks, needed_tokens = needs(self.blocks, group)
             # alone, a request may exceed the budget: recomputed, it holds its output besides the prompt
             if batch and tokens + needed_tokens > limits.max_prefill_tokens:
                 break
@@ -329,6 +336,12 @@ class Scheduler:
             batch.append(group)
         return self._start(batch)
 
+    def _allocate(self, group: SequenceGroup) -> None:
+        allocate(self.blocks, group)
+        if self.blocks.has_prefix_cache and not group.has_output and not group.num_preemptions:
+            self.num_prefix_tokens += group.sequences[0].num_prompt
+            self.num_prefix_hits += group.num_cached
+
     def _start(self, batch: list[SequenceGroup]) -> list[SequenceGroup]:
         """Move the batch, which has its blocks, from the head of `waiting` to `running`."""
         del self.waiting[: len(batch)]
@@ -340,41 +353,13 @@ class Scheduler:
     def _num_running(self) -> int:
         return sum(len(group.live) for group in self.running)
 
-    def _shared_prompt_blocks(self, group: SequenceGroup) -> int:
-        """Whole blocks of prompt that branches share when a group is computed again.
-
-        Not the last token of any branch: its logits are what the step is for.
-        """
-        return (group.sequences[0].num_prompt - 1) // self.blocks.block_size
-
-    def _needs(self, group: SequenceGroup) -> tuple[int, int]:
-        """Blocks and tokens of a waiting group's prefill."""
-        first, *others = group.live
-        blocks, tokens = self.blocks.blocks_for(first.num_tokens), first.num_tokens
-        if group.has_output:
-            shared = self._shared_prompt_blocks(group)
-            for seq in others:
-                blocks += self.blocks.blocks_for(seq.num_tokens) - shared
-                tokens += seq.num_tokens - shared * self.blocks.block_size
-        return blocks, tokens
-
-    def _allocate(self, group: SequenceGroup) -> None:
-        first, *others = group.live
-        self.blocks.grow(first if group.has_output else group.sequences[0])
-        if group.has_output:
-            shared = self._shared_prompt_blocks(group)
-            for seq in others:
-                self.blocks.share(first, seq, shared)
-                seq.num_computed = shared * self.blocks.block_size
-                self.blocks.grow(seq)
-
     def _protect_first_token(self, now: float) -> None:
         """Free one running group's blocks for a newcomer that has waited too long for its first token."""
         head = next((group for group in self.waiting if not group.is_probe), None)
         if head is None or len(self.running) < 2:
             return
         waited_ms = (now - head.arrival) * 1e3
-        short = self._needs(head)[0] > self.blocks.num_free
+        short = needs(self.blocks, head).blocks > self.blocks.num_free
         if head.has_output or not short or waited_ms <= self.limits.max_first_token_wait_ms:
             return
         # it stays at the head until it runs: a victim before it would just take the blocks back
@@ -416,7 +401,7 @@ class Scheduler:
         A wide group shares blocks while it runs that each branch would need for itself to be computed again:
         sending it away could end it, so others go first.
         """
-        able = (group for group in reversed(self.running) if self._can_ever_hold(group))
+        able = (group for group in reversed(self.running) if can_ever_hold(self.blocks, group))
         victim = next(able, self.running[-1])
         self.running.remove(victim)
         self._preempt(victim)
@@ -429,14 +414,14 @@ class Scheduler:
             seq.num_computed = 0
         self.num_preemptions += 1
         group.num_preemptions += 1
-        if not self._can_ever_hold(group):
+        if not can_ever_hold(self.blocks, group):
             self.refuse(group, GenerationRefused)
             return
         group.move(GroupStatus.WAITING)
         insort(self.waiting, group, key=_rank)
         request_log.info(
             "request %d preempted, the %d. time: %d tokens have to be computed again",
-            group.request_id, group.num_preemptions, self._needs(group)[1],
+            group.request_id, group.num_preemptions, needs(self.blocks, group).tokens,
         )  # fmt: skip
 
     # -- endings ------------------------------------------------------------------------------------
@@ -450,12 +435,6 @@ class Scheduler:
         if seq.num_output >= params.max_tokens or seq.num_tokens >= self.limits.max_seq_len:
             return FinishCode.LENGTH
         return FinishCode.NONE
-
-    def _can_ever_hold(self, group: SequenceGroup) -> bool:
-        """Whether the group, alone in the cache, could take one more step."""
-        shared = self._shared_prompt_blocks(group)
-        alone = [self.blocks.blocks_for(seq.num_tokens + 1) for seq in group.live]
-        return alone[0] + sum(blocks - shared for blocks in alone[1:]) <= self.blocks.num_blocks
 
     def _end(self, seq: Sequence) -> None:
         seq.ended = True

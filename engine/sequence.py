@@ -27,14 +27,24 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_table", "branch", "cumulative_logprob", "ended", "num_computed", "num_prompt", "num_tokens",
-        "params", "progress", "prompt_told", "request_id", "seed", "tokens",
+        "block_digests", "block_table", "branch", "cache_salt", "cumulative_logprob", "ended", "num_computed",
+        "num_prompt", "num_published", "num_tokens", "params", "progress", "prompt_told", "request_id",
+        "seed", "tokens",
     )  # fmt: skip
 
     def __init__(
-        self, request_id: int, prompt: TokenArray, params: SamplingParams, *, branch: int = 0
+        self,
+        request_id: int,
+        prompt: TokenArray,
+        params: SamplingParams,
+        *,
+        branch: int = 0,
+        cache_salt: bytes = b"",
     ) -> None:
-        """`prompt`: int32 [n], n >= 1. `branch`: index among the sequences of the request."""
+        """`prompt`: int32 [n], n >= 1. `branch`: index among the sequences of the request.
+
+        `cache_salt`: only with sequences of the same one may it share blocks.
+        """
         self.request_id = request_id
         self.params = params
         self.branch = branch
@@ -46,6 +56,9 @@ class Sequence:
         self.tokens[: len(prompt)] = prompt
         self.num_computed = 0
         self.block_table: list[int] = []
+        self.cache_salt = cache_salt
+        self.block_digests: list[bytes] = []  # the prefix cache's, of its first full blocks
+        self.num_published = 0  # blocks at the beginning of the table that the prefix cache has been told of
         self.cumulative_logprob = 0.0  # of the output; kept for beams only
         self.ended = False
         self.progress: object = None  # the sampler's: how far it has come in its grammar
@@ -96,8 +109,8 @@ class SequenceGroup:
     """
 
     __slots__ = (
-        "_status", "arrival", "beam_search", "enqueued", "num_preemptions", "params", "priority", "rank",
-        "request_id", "sequences", "stop_token_ids",
+        "_status", "arrival", "beam_search", "enqueued", "num_cached", "num_preemptions", "params",
+        "priority", "rank", "request_id", "sequences", "stop_token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -108,18 +121,26 @@ class SequenceGroup:
         *,
         priority: int = 5,
         now: float = 0.0,
+        cache_salt: bytes = b"",
     ) -> None:
-        """`prompt`: int32 [n], n >= 1. `priority`: 1 (first) .. 5, or PROBE. `now`: monotonic seconds."""
+        """`prompt`: int32 [n], n >= 1. `priority`: 1 (first) .. 5, or PROBE. `now`: monotonic seconds.
+
+        `cache_salt`: see Sequence.
+        """
         self.request_id = request_id
         self.params = params
         self.priority = priority
-        self.sequences = [Sequence(request_id, prompt, params, branch=i) for i in range(params.branches)]
+        self.sequences = [
+            Sequence(request_id, prompt, params, branch=i, cache_salt=cache_salt)
+            for i in range(params.branches)
+        ]
         self.stop_token_ids = frozenset(params.stop_token_ids)
         self.beam_search: BeamSearch | None = None  # the scheduler sets it
         self.arrival = now
         self.enqueued = now  # when the group last began to wait for a step
         self.rank = now  # place in the queues, smallest first; the scheduler sets it
         self.num_preemptions = 0
+        self.num_cached = 0  # tokens of the prompt that its first prefill found in the prefix cache
         self._status = GroupStatus.WAITING
 
     @property

@@ -91,6 +91,7 @@ class ScheduleSettings:
     max_seq_len: int  # prompt + output tokens
     max_input_len: int  # effective prompt limit: min(maxInputTokenLen, maxSeqLen - 1)
     truncation: Literal["off", "keep_head", "keep_tail"]
+    prefix_cache: bool = False  # prompts reuse the blocks of earlier ones that begin alike
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,11 +208,12 @@ class Daemon:
         body: Json | bytes | None = None,
         port: int | None = None,
         timeout_s: float = 60.0,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         connection = self.connect(port, timeout_s=timeout_s)
         try:
             raw = json.dumps(body).encode() if isinstance(body, dict) else body
-            connection.request(method, path, raw)
+            connection.request(method, path, raw, headers or {})
             response = connection.getresponse()
             return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
         finally:

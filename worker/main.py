@@ -60,9 +60,10 @@ def run_worker(given: WorkerContext) -> NoReturn:
             adapters=tuple(runner.adapters.loaded()),
         )
 
+    blocks = BlockManager(num_blocks, schedule.block_size, prefix_cache=schedule.prefix_cache)
     core = EngineCore(
         wire.instance,
-        Scheduler(schedule, BlockManager(num_blocks, schedule.block_size), runner.eos_token_ids),
+        Scheduler(schedule, blocks, runner.eos_token_ids),
         LeaderExecutor(runner, Sampler(runner.vocab_size, runner.eos_token_ids, grammars)),
         open_link(given, greeting),
         watched(given),

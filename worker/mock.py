@@ -99,9 +99,10 @@ def run_mock_worker(given: WorkerContext) -> NoReturn:
             dtype="none",
         )
 
+    blocks = BlockManager(num_blocks, schedule.block_size, prefix_cache=schedule.prefix_cache)
     core = EngineCore(
         given.wire.instance,
-        Scheduler(schedule, BlockManager(num_blocks, schedule.block_size), eos),
+        Scheduler(schedule, blocks, eos),
         EchoExecutor(vocab_size, len(eos)),
         open_link(given, greeting),
         watched(given),

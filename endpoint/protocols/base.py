@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -190,6 +190,7 @@ class ReplyContext:
     echoes: Sequence[str] = ()  # the text of each prompt, when request.echo
     prompt_lengths: Sequence[int] = ()  # tokens of each prompt
     opening: Opening = Opening.NOBODY  # who begins the reasoning, when request.reasoning
+    cached_tokens: Callable[[], Sequence[int]] = lambda: ()  # of each prompt, once it has its first token
 
 
 class Reply(Protocol):

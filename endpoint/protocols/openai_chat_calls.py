@@ -100,8 +100,8 @@ class PartedChatReply(ChatReply):
 
     # -- usage ----------------------------------------------------------------------------------------
 
-    def _usage(self, counts: Sequence[Counts], prompt_tokens: int | None = None) -> dict[str, Any]:
-        members = super()._usage(counts, prompt_tokens)
+    def _usage(self, counts: Sequence[Counts], prompt: int | None = None) -> dict[str, Any]:
+        members = super()._usage(counts, prompt)
         if self._request.reasoning:
             tokens = sum(of_choice.reasoning_tokens for of_choice in counts)
             members["completion_tokens_details"] = {"reasoning_tokens": tokens}

@@ -31,11 +31,13 @@ FINISH: dict[FinishReason, str] = {
 }
 
 
-def usage(prompt_tokens: int, batch_sizes: list[int], queue_waits_us: list[int]) -> dict[str, Any]:
+def usage(
+    prompt_tokens: int, cached_tokens: int, batch_sizes: list[int], queue_waits_us: list[int]
+) -> dict[str, Any]:
     """The usage object; one entry of each list per generated token."""
     return {
         "prompt_tokens": prompt_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "completion_tokens": len(batch_sizes),
         "total_tokens": prompt_tokens + len(batch_sizes),
         "batch_size": batch_sizes,
@@ -116,7 +118,7 @@ class OpenAIReply(ABC):
         text = step.full_text if self._context.full_text_frames else step.text
         if step.finish is None:
             return sse.frame(f'{self._chunk_head},"choices":[{self._unfinished_choice(step, text)}]}}')
-        members = self._usage_member([counts], self._prompt_tokens(step.choice))
+        members = self._usage_member([counts], step.choice // self._n)
         return self._chunk(
             {**members, "choices": [self._last_choice(step, text)], **self._last_members(step)}
         )
@@ -146,19 +148,21 @@ class OpenAIReply(ABC):
         """Is called once for each whole choice, in their order."""
         return Counts(completion.batch_sizes, completion.queue_waits_us)
 
-    def _prompt_tokens(self, choice: int) -> int:
-        """Of the prompt that this choice answers."""
-        lengths = self._context.prompt_lengths
-        return lengths[choice // self._n] if len(lengths) > 1 else self._context.prompt_tokens
-
-    def _usage_member(self, counts: Sequence[Counts], prompt_tokens: int | None = None) -> dict[str, Any]:
-        """`prompt_tokens`: None for those of all prompts."""
+    def _usage_member(self, counts: Sequence[Counts], prompt: int | None = None) -> dict[str, Any]:
+        """`prompt`: number of the one that is answered; None for all."""
         # with include_usage the totals follow in their own frame: clients add up every usage they see
-        return {} if self._include_usage else {"usage": self._usage(counts, prompt_tokens)}
+        return {} if self._include_usage else {"usage": self._usage(counts, prompt)}
 
-    def _usage(self, counts: Sequence[Counts], prompt_tokens: int | None = None) -> dict[str, Any]:
+    def _usage(self, counts: Sequence[Counts], prompt: int | None = None) -> dict[str, Any]:
+        lengths, cached = self._context.prompt_lengths, self._context.cached_tokens()
+        if prompt is not None and len(lengths) > 1:
+            prompt_tokens = lengths[prompt]
+            cached_tokens = cached[prompt] if cached else 0  # it may never have reached the engine
+        else:
+            prompt_tokens, cached_tokens = self._context.prompt_tokens, sum(cached)
         return usage(
-            self._context.prompt_tokens if prompt_tokens is None else prompt_tokens,
+            prompt_tokens,
+            cached_tokens,
             list(chain.from_iterable(c.batch_sizes for c in counts)),
             list(chain.from_iterable(c.queue_waits_us for c in counts)),
         )

@@ -20,11 +20,12 @@ PROMPT_HEADER = Struct("<QI4x")  # request_id, number of ids
 TOKEN_HEADER = Struct("<QIII12x")  # step, rows, batch_size, step_us
 # request_id; token, -1: none, see error; queue_wait_us; logprob; branch; entries of this row in the table
 # behind all rows; finish (FinishCode); error (ServerError.number, 0: none); preemptions of the request so
-# far, more than 255 stay 255; rank, > 0: the row is about a token of the prompt, see Outcome
-TOKEN_ROW = Struct("<QiIfHHBBBxI")
+# far, more than 255 stay 255; rank, > 0: the row is about a token of the prompt, see Outcome; tokens of the
+# prompt that the prefix cache had
+TOKEN_ROW = Struct("<QiIfHHBBBxII4x")
 TOP_ENTRY = Struct("<if")  # token, logprob
 assert (PROMPT_HEADER.size, TOKEN_HEADER.size) == (PROMPT_HEADER_BYTES, 32)
-assert (TOKEN_ROW.size, TOP_ENTRY.size) == (32, 8)
+assert (TOKEN_ROW.size, TOP_ENTRY.size) == (40, 8)
 
 _ROOM = TOKEN_SLOT_BYTES - TOKEN_HEADER.size
 
@@ -41,6 +42,7 @@ class TokenRow(NamedTuple):
     logprob: float
     rank: int
     preemptions: int
+    cached_tokens: int
     top: Sequence[tuple[int, float]]
 
 
@@ -96,6 +98,7 @@ def write_tokens(
             o.error.number if o.error else 0,
             min(o.preemptions, 0xFF),
             o.rank,
+            o.cached_tokens,
         )
         at += TOKEN_ROW.size
     for o in outcomes:
@@ -120,12 +123,25 @@ def read_tokens(slot: memoryview) -> tuple[int, list[TokenRow]]:
         error,
         preemptions,
         rank,
+        cached_tokens,
     ) in TOKEN_ROW.iter_unpack(slot[TOKEN_HEADER.size : at]):
         top: Sequence[tuple[int, float]] = ()
         if num_top:
             end = at + num_top * TOP_ENTRY.size
             top, at = list(TOP_ENTRY.iter_unpack(slot[at:end])), end
         rows.append(
-            TokenRow(request_id, branch, token, queue_wait_us, finish, error, logprob, rank, preemptions, top)
+            TokenRow(
+                request_id,
+                branch,
+                token,
+                queue_wait_us,
+                finish,
+                error,
+                logprob,
+                rank,
+                preemptions,
+                cached_tokens,
+                top,
+            )
         )
     return batch_size, rows

@@ -22,6 +22,7 @@ class Submit:
     outputs: tuple[
         int, ...
     ]  # of each branch: tokens it has already, ENDED for one without further ones; or ()
+    cache_salt: bytes  # only prompts of the same one may share what the prefix cache holds
     sampling: SamplingParams
 
 
@@ -74,6 +75,8 @@ class EngineStats:
     running: int
     preemptions: int  # since start
     free_blocks: int
+    prefix_tokens: int  # of prompts, looked up in the prefix cache since start
+    prefix_hits: int  # of them, found there
 
 
 @dataclass(frozen=True, slots=True)

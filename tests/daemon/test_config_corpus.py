@@ -76,9 +76,7 @@ CASES: dict[str, Case] = {
         {**_NO_MODEL, **_ONE_DEVICE, f"{BACKEND}.multiNodesInferEnabled": "not supported by this build"},
         ("models.deepseekv2.kv_cache_options: options of NPU kernels",),
     ),
-    "v2_1_prefix_cache.json": Case(
-        _NO_MODEL, ("plugin prefix_cache", "enablePrefixCache (now plugin_params)")
-    ),
+    "v2_1_prefix_cache.json": Case(_NO_MODEL, ("enablePrefixCache (now plugin_params)",)),
     "v2_1_splitfuse_without_mix.json": Case(
         {
             **_NO_MODEL,

@@ -212,9 +212,12 @@ def test_no_plugin(home: Home, given: object) -> None:
     ]
 
 
-def test_plugins_for_speed_are_announced_as_missing(home: Home) -> None:
-    home.model["plugin_params"] = '{"plugin_type": "prefix_cache"}'
-    assert "running without" in home.warning("plugin prefix_cache")
+@pytest.mark.parametrize(("given", "on"), [("", False), ('{"plugin_type": "prefix_cache"}', True)])
+def test_plugin_params_switch_the_prefix_cache_on(home: Home, given: str, on: bool) -> None:
+    home.model["plugin_params"] = given
+    settings = home.load()
+    assert settings.schedule.prefix_cache == on
+    assert not [warning for warning in settings.warnings if "prefix_cache" in warning]
 
 
 # --- this build ---

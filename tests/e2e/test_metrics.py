@@ -33,9 +33,10 @@ BUCKETS = {
 }
 
 
-def scrape(daemon: Daemon) -> dict[str, float]:
+def scrape(daemon: Daemon, key: str = "") -> dict[str, float]:
     """Every sample without labels but the model's; histograms by their _count and _sum."""
-    answer = daemon.request("GET", "/metrics", port=daemon.metrics_port)
+    headers = {"x-api-key": key} if key else {}
+    answer = daemon.request("GET", "/metrics", port=daemon.metrics_port, headers=headers)
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/plain")
     samples = {}
     for family in text_string_to_metric_families(answer.body.decode()):

@@ -45,9 +45,18 @@ def context(
     prompt_ids: Sequence[int] = (),
     echoes: Sequence[str] = (),
     prompt_lengths: Sequence[int] = (),
+    cached_tokens: Sequence[int] = (),
 ) -> ReplyContext:
     return ReplyContext(
-        number, model_info(model), prompt_tokens, prompt_text, full_text, prompt_ids, echoes, prompt_lengths
+        number,
+        model_info(model),
+        prompt_tokens,
+        prompt_text,
+        full_text,
+        prompt_ids,
+        echoes,
+        prompt_lengths,
+        cached_tokens=lambda: cached_tokens,
     )
 
 

@@ -81,6 +81,16 @@ def test_preemptions_never_go_back_when_an_instance_is_replaced() -> None:
     assert samples(metrics)["num_preemptions_total",] == 9
 
 
+def test_the_hit_rate_is_of_all_prompt_tokens_looked_up() -> None:
+    now = [Occupancy(0, 0, 0, 9, 9, 0, 300, 100)]
+    metrics = Metrics("m", 10, lambda: now)
+    assert samples(metrics)["npu_prefix_cache_hit_rate",] == 1 / 3
+    now[0] = Occupancy(0, 0, 0, 9, 9, 0, 100, 40)  # another one in its place
+    found = samples(metrics)
+    assert (found["all_radix_match_num",], found["npu_radix_match_hit_num",]) == (400, 140)
+    assert found["npu_prefix_cache_hit_rate",] == 0.35
+
+
 def test_certificates_tell_their_days() -> None:
     metrics = Metrics("m", 10, lambda: ())
     metrics.watch_certificate("business", lambda: 29.5)

@@ -103,6 +103,18 @@ def test_choices_are_numbered_through_and_echo_their_own_prompt() -> None:
     assert usage["queue_wait_time"] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_cached_tokens_are_counted_once_per_prompt() -> None:
+    def told(usage: Any) -> int:
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    cached = {**TWO, "cached_tokens": [2, 0]}
+    whole = json.loads(reply(BODY, **cached).result([completion(of) for of in ANSWERS]))
+    assert told(whole["usage"]) == 2
+    *frames, _ = stream(reply(BODY, **cached), interleaved(ANSWERS))
+    by_choice = {f["choices"][0]["index"]: told(f["usage"]) for f in map(payload, frames) if "usage" in f}
+    assert by_choice == {0: 2, 1: 2, 2: 0, 3: 0}
+
+
 def test_candidates_that_were_not_chosen_are_counted_behind_all_choices() -> None:
     body = {**BODY, "best_of": 3}
     more = [completion(of) for of in [*ANSWERS, *ANSWERS[:2]]]

@@ -133,7 +133,7 @@ class Bench:
         layout.write_prompt(slot, request_id, np.array([1, 2, 3], np.int32))
         self.prompts.commit()
         params = SamplingParams(max_tokens=max_tokens, lora=lora, branches=branches)
-        self.commands.send(m.Submit(request_id, 3, 5, (), params))
+        self.commands.send(m.Submit(request_id, 3, 5, (), b"", params))
 
     def close(self) -> None:
         for pipe in (self.commands, self.events, self.control):

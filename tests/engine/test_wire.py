@@ -31,6 +31,7 @@ _SAMPLES: dict[str, object] = {
     "int": 7,
     "float": 0.25,
     "str": "word",
+    "bytes": b"\x00\xff",
     "bool": True,
     "tuple[int, ...]": (3, -1),
     "tuple[tuple[str, str], ...]": (("a", "/b"),),
@@ -269,7 +270,7 @@ def test_prompt_and_token_records_round_trip() -> None:
     assert request_id == 2**63 + 5 and ids.tolist() == [1, -2, 3, 4, 5]
 
     outcomes = [
-        Outcome(1, 0, 42, FinishCode.NONE, None, 17),
+        Outcome(1, 0, 42, FinishCode.NONE, None, 17, cached_tokens=2**20),
         Outcome(1, 3, 7, FinishCode.EOS, None, 18, -0.5, [(7, -0.5), (9, -2.25)], preemptions=300),
         Outcome(2**63, 0, -1, FinishCode.ERROR, EngineFailed, 2**40),
         Outcome(4, 1, 5, FinishCode.NONE, None, 19, -1.5, [(5, -1.5)]),
@@ -280,11 +281,11 @@ def test_prompt_and_token_records_round_trip() -> None:
     batch_size, rows = layout.read_tokens(slot)
     assert batch_size == 2
     assert rows == [
-        (1, 0, 42, 17, 0, 0, 0.0, 0, 0, ()),
-        (1, 3, 7, 18, FinishCode.EOS, 0, -0.5, 0, 255, [(7, -0.5), (9, -2.25)]),
-        (2**63, 0, -1, 2**32 - 1, FinishCode.ERROR, EngineFailed.number, 0.0, 0, 0, ()),
-        (4, 1, 5, 19, 0, 0, -1.5, 0, 0, [(5, -1.5)]),
-        (5, 0, 6, 0, 0, 0, -9.5, 151_000, 0, [(8, -0.25)]),
+        (1, 0, 42, 17, 0, 0, 0.0, 0, 0, 2**20, ()),
+        (1, 3, 7, 18, FinishCode.EOS, 0, -0.5, 0, 255, 0, [(7, -0.5), (9, -2.25)]),
+        (2**63, 0, -1, 2**32 - 1, FinishCode.ERROR, EngineFailed.number, 0.0, 0, 0, 0, ()),
+        (4, 1, 5, 19, 0, 0, -1.5, 0, 0, 0, [(5, -1.5)]),
+        (5, 0, 6, 0, 0, 0, -9.5, 151_000, 0, 0, [(8, -0.25)]),
     ]
 
 

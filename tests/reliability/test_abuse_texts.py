@@ -208,7 +208,7 @@ def test_A19_paths_of_adapters(daemon: Daemon, path: Any) -> None:
 
 
 def test_A23_no_prompt_leaves_anything_for_the_next(daemon: Daemon) -> None:
-    """There is no prefix cache in this build, so there is nothing to be guessed from it."""
+    """Unless prefix_cache is switched on; then nothing crosses API keys (tests/e2e/test_prefix_cache.py)."""
     body = {"model": NAME, "prompt": "Once upon a time " * 20, "max_tokens": 2}
     for _ in range(3):
         usage = daemon.post("/v1/completions", body).json()["usage"]

@@ -1,0 +1,150 @@
+"""A model whose every answer depends on all it reads from the cache: one wrong block, and it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.block_manager import BlockManager
+from engine.executor import Sampled
+from engine.outcome import FinishCode
+from engine.plan import StepPlan
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SequenceGroup
+from engine.settings import ScheduleSettings
+
+EOS = 7
+VOCAB = 8
+_PRIME = (1 << 61) - 1
+_NEVER = 5000  # steps after which a schedule will not end any more
+
+
+def _mix(before: int, token: int) -> int:
+    return (before * 1_000_003 + token * 7919 + 12345) % _PRIME
+
+
+class FakeModel:
+    """Holds for each slot of the cache what its token and all before it have made of it."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._kv = np.zeros((num_blocks, block_size), np.int64)
+
+    def run(self, plan: StepPlan) -> Sampled:
+        """Compute the plan; reproducible rows are made of other numbers than those that are not."""
+        if plan.copies:
+            sources, destinations = (list(blocks) for blocks in zip(*plan.copies, strict=True))
+            self._kv[destinations] = self._kv[sources]
+        values = [self._row(plan, row) for row in range(plan.num_rows)]
+        rows = range(plan.num_rows) if plan.sample_rows is None else plan.sample_rows.tolist()
+        own = [_mix(values[row], seq.branch + 1) for row, seq in zip(rows, plan.samples, strict=True)]
+        beams = [values[row] for row in rows]
+        tokens = np.array([value // 7 % VOCAB for value in own], np.int32)
+        if not any(seq.params.beam_search for seq in plan.samples):
+            return Sampled(tokens)
+        gains = -np.array([[_mix(value, id) // 7 % 997 for id in range(VOCAB)] for value in beams]) / 100.0
+        ids = np.argsort(-gains, axis=1, kind="stable").astype(np.int32)
+        logprobs = np.take_along_axis(gains, ids, axis=1).astype(np.float32)
+        return Sampled(tokens, logprobs[:, 0], ids, logprobs)
+
+    def _row(self, plan: StepPlan, row: int) -> int:
+        seq = plan.sequences[row]
+        start, end = plan.query_start[row], plan.query_start[row + 1]
+        value = self._root(seq)
+        for position in range(int(plan.context_len[row])):
+            block = plan.block_table[row, position // self._block_size]
+            at = start + position - (plan.context_len[row] - (end - start))
+            if at >= start:
+                value = _mix(value, int(plan.input_ids[at]))
+                assert plan.positions[at] == position
+                slot = divmod(int(plan.slot_mapping[at]), self._block_size)
+                assert slot == (block, position % self._block_size)
+                self._kv[slot] = value
+            else:
+                value = int(self._kv[block, position % self._block_size])
+        return value
+
+    @staticmethod
+    def _root(seq: Sequence) -> int:
+        return _mix(sum(seq.cache_salt), 1 + seq.params.reproducible)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request, and in which turn it comes."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 4
+    branches: int = 1
+    beam_search: bool = False
+    reproducible: bool = False
+    salt: bytes = b""
+    turn: int = 0
+
+    def group(self, request_id: int, now: float) -> SequenceGroup:
+        params = SamplingParams(
+            self.max_tokens,
+            branches=self.branches,
+            beam_search=self.beam_search,
+            reproducible=self.reproducible,
+        )
+        ids = np.array(self.prompt, np.int32)
+        return SequenceGroup(request_id, ids, params, now=now, cache_salt=self.salt)
+
+
+class Machine:
+    """A scheduler, its blocks and the model; proves their invariants after every step."""
+
+    def __init__(self, limits: ScheduleSettings, num_blocks: int) -> None:
+        self.blocks = BlockManager(num_blocks, limits.block_size, prefix_cache=limits.prefix_cache)
+        self.scheduler = Scheduler(limits, self.blocks, [EOS])
+        self.model = FakeModel(num_blocks, limits.block_size)
+        self.now = 0.0
+        self.answers: dict[int, list[list[int]]] = {}  # by request: what each branch was told
+        self.cached: dict[int, int] = {}
+        self.plans: list[StepPlan] = []
+
+    def add(self, request_id: int, ask: Ask) -> None:
+        self.answers[request_id] = [[] for _ in range(ask.branches)]
+        self.scheduler.add(ask.group(request_id, self.now))
+
+    def turn(self) -> StepPlan | None:
+        self.now += 0.01
+        plan = self.scheduler.schedule(self.now)
+        assert not self.scheduler.take_refused()
+        if plan is None:
+            return None
+        self.plans.append(plan)
+        assert len(set(plan.slot_mapping.tolist())) == plan.num_tokens
+        written = set((plan.slot_mapping // self.blocks.block_size).tolist())
+        assert not any(map(self.blocks.is_known, written)), "others may find what is written"
+        for block in written:  # branches of a prompt may share it in the very step that computes it
+            owners = {
+                group.request_id
+                for group in self.scheduler.running
+                for seq in group.sequences
+                if block in seq.block_table
+            }
+            assert len(owners) == 1, "a block is both shared and written"
+        for outcome in self.scheduler.commit(plan, self.model.run(plan), self.now):
+            assert outcome.finish is not FinishCode.ERROR
+            self.answers[outcome.request_id][outcome.branch].append(outcome.token)
+            self.cached[outcome.request_id] = outcome.cached_tokens
+        self.scheduler.check()
+        return plan
+
+    def serve(self, asks: Iterable[Ask]) -> dict[int, list[list[int]]]:
+        """Every request to its end."""
+        waiting = sorted(enumerate(asks), key=lambda entry: entry[1].turn)
+        for turn in range(_NEVER):
+            while waiting and waiting[0][1].turn <= turn:
+                self.add(*waiting.pop(0))
+            self.turn()
+            if not waiting and not self.scheduler.has_work:
+                break
+        assert not self.scheduler.has_work
+        assert self.blocks.num_free == self.blocks.num_blocks
+        return self.answers
