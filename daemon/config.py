@@ -30,7 +30,7 @@ from daemon.config_files import (
 from daemon.config_json import FILE_DEPTH, parse_json
 from daemon.config_lora import find_adapters
 from daemon.config_models import find_chat_settings
-from daemon.config_plugins import PLUGIN_PARAMS, PREFIX_CACHE
+from daemon.config_plugins import GUESS_LENGTH, PLUGIN_PARAMS, PREFIX_CACHE
 from daemon.config_report import AcceptedModel, ConfigError, Report, shown
 from daemon.config_rules import check_rules, server_addresses, server_ports
 from daemon.config_schema import BACKEND, DEPLOY, HEALTH, MODEL, RUNTIME, SCHEDULE, SERVER
@@ -341,6 +341,7 @@ def _schedule(values: Values, report: Report) -> ScheduleSettings:
         max_input_len=min(max_input, max_seq_len - 1),
         truncation=_truncation(values.raw(f"{DEPLOY}.truncation")),
         prefix_cache=PREFIX_CACHE in values.raw(PLUGIN_PARAMS),
+        guess_length=values.integer(GUESS_LENGTH),
     )
 
 

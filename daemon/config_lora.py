@@ -28,7 +28,7 @@ _RESERVED = "None"  # what requests send for the base model
 _PATH_ALLOWED = f"a directory with {_CONFIG} and {_WEIGHTS}"
 _NAME_ALLOWED = '1 to 256 of A-Z a-z 0-9 _ . -, first and last a letter or digit, not "None", not modelName'
 # Plugins that compute with the base model's weights, or share what it has computed.
-_NOT_WITH_ADAPTERS = ("prefix_cache", "splitfuse")
+_NOT_WITH_ADAPTERS = ("prefix_cache", "splitfuse", "la", "memory_decoding")
 
 
 class _Entry(NamedTuple):

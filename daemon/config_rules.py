@@ -332,7 +332,6 @@ _LATER = "not available in this build yet; running without"
 WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (f"{BACKEND}.backendName", ("mindieservice_llm_engine",), "ignored, there is one engine only"),
     (f"{SERVER}.openAiSupport", ("vllm",), "not available in this build yet; answering in the vLLM flavour"),
-    (f"{DEPLOY}.speculationGamma", (0,), _LATER),
     (f"{MODEL}.backendType", ("atb", "torch"), "ignored, the PyTorch engine is used"),
     (f"{MODEL}.modelInstanceType", ("Standard", "StandardMock"), "treated as Standard"),
     (f"{MODEL}.trustRemoteCode", (False,), "security: this would let code from the weight directory run"),

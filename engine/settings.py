@@ -92,6 +92,7 @@ class ScheduleSettings:
     max_input_len: int  # effective prompt limit: min(maxInputTokenLen, maxSeqLen - 1)
     truncation: Literal["off", "keep_head", "keep_tail"]
     prefix_cache: bool = False  # prompts reuse the blocks of earlier ones that begin alike
+    guess_length: int = 0  # tokens of a sequence that speculative decoding guesses per step; 0: none
 
 
 @dataclass(frozen=True, slots=True)

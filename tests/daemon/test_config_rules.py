@@ -192,8 +192,20 @@ def test_rules_wait_for_valid_inputs(home: Home) -> None:
             '{"plugin_type": "mtp,prefix_cache", "num_speculative_tokens": 1}',
             "mtp is not supported by this build",
         ),
-        ('{"plugin_type": "la"}', "la is not supported by this build"),
-        ('{"plugin_type": "memory_decoding"}', "memory_decoding is not supported by this build"),
+        ('{"plugin_type": "la, memory_decoding"}', "la and memory_decoding exclude each other"),
+        ('{"plugin_type": "memory_decoding", "dynamic_algo": true}', "decoding_length=<absent>: required"),
+        (
+            '{"plugin_type": "memory_decoding", "dynamic_algo": true, "decoding_length": 17}',
+            "decoding_length=17: not allowed; allowed: [1, 16]",
+        ),
+        (
+            '{"plugin_type": "memory_decoding", "dynamic_algo": 1, "decoding_length": 1}',
+            "dynamic_algo=1: not allowed; allowed: true or false",
+        ),
+        (
+            '{"plugin_type": "la", "level": 4, "window": 5, "guess_set_size": 5}',
+            "speculationGamma=0: la guesses up to 30 tokens a step; allowed: [30, ...]",
+        ),
         ('{"plugin_type": "prefix_cache", "x": ' + "[" * 10 + "]" * 10 + "}", "nested too deeply"),
         ('{"plugin_type": "prefix_cache"}' + " " * 1024, "characters long"),
         (5, "must be a string holding JSON, or an object, not an integer"),
@@ -210,6 +222,20 @@ def test_no_plugin(home: Home, given: object) -> None:
     assert not [
         warning for warning in home.load().warnings if "plugin" in warning and "without effect" not in warning
     ]
+
+
+@pytest.mark.parametrize(
+    ("params", "length"),
+    [
+        ({"plugin_type": "memory_decoding", "decoding_length": 16, "dynamic_algo": True}, 16),
+        ({"plugin_type": "prefix_cache, la", "level": 4, "window": 5, "guess_set_size": 5}, 3),
+        ({"plugin_type": "prefix_cache"}, 0),
+    ],
+)
+def test_how_many_tokens_are_guessed(home: Home, params: dict[str, object], length: int) -> None:
+    home.model["plugin_params"] = json.dumps(params)
+    home.deploy["speculationGamma"] = 30
+    assert home.load().schedule.guess_length == length
 
 
 @pytest.mark.parametrize(("given", "on"), [("", False), ('{"plugin_type": "prefix_cache"}', True)])
