@@ -98,6 +98,7 @@ install_everything() {
     fi
     rest_started=$SECONDS
     install_sources
+    install_kernels
     install_model
     mkdir -p "$home/conf" "$home/logs"
     if [[ -e $home/conf/config.json ]]; then
@@ -145,6 +146,15 @@ install_sources() {
     pip_install "$home" --no-deps --no-index --no-build-isolation --force-reinstall "$build"
     stamp "$home" sources "$hash"
     step "service" "bin/mindieservice_daemon installed"
+}
+
+install_kernels() {
+    local complaint
+    if complaint=$(build_kernels "$home" 2>&1); then
+        step "kernels" "compiled for this machine"
+    else
+        step "kernels" "$complaint"
+    fi
 }
 
 install_model() {

@@ -24,6 +24,7 @@ if ! stamped .venv dependencies "$(dependencies_hash .venv dev)"; then
     printf 'installing the dependencies into .venv; PyTorch is large, this takes some minutes ...\n'
     install_dependencies .venv dev
 fi
+build_kernels .venv || true
 unlock
 
 # What the tests start inherits this; the name tells it from a service that runs here anyway.

@@ -84,6 +84,12 @@ hash_files() {
     find "$@" -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
 }
 
+# build_kernels DIRECTORY: the C++ parts of worker/native for its Python. Fails, having said why, where that cannot
+# be done; everything works without them.
+build_kernels() {
+    "$1/bin/python" -B worker/native/build.py
+}
+
 dependencies_hash() { # DIRECTORY EXTRA...
     local directory=$1
     shift

@@ -68,7 +68,10 @@ def test_every_package_has_an_init() -> None:
 
 def test_the_wheel_holds_every_module_and_nothing_outside_its_prefix(wheel: Path) -> None:
     wanted = {
-        f"{PREFIX}/{path.relative_to(REPO)}" for folder in FOLDERS for path in (REPO / folder).rglob("*.py")
+        f"{PREFIX}/{path.relative_to(REPO)}"
+        for folder in FOLDERS
+        for path in (REPO / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h")
     }
     with zipfile.ZipFile(wheel) as archive:
         packed = {

@@ -1,0 +1,135 @@
+"""The compiled kernels against their twins out of torch, for every instruction set that this machine has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from worker.native import NativeLinear, w8a8_linear
+from worker.native.build import library_path
+from worker.native.int8 import PackedInt8
+from worker.native.library import Kernels, all_kernels
+
+SHAPES = ((32, 4), (33, 5), (70, 130), (1, 1), (100, 1217))  # outputs, inputs
+ROWS = (1, 2, 3, 12, 13, 25, 40)
+BUILD = Path(__file__).resolve().parents[2] / "worker" / "native" / "build.py"
+HAS_COMPILER = any(map(shutil.which, ("g++", "c++")))
+
+
+@pytest.fixture(params=range(4))
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    found = all_kernels()
+    if request.param >= len(found):
+        pytest.skip("this machine has no such instruction set" if found else "no compiled kernels")
+    return found[request.param]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> int:
+    torch.set_num_threads(request.param)
+    return int(request.param)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+def test_the_set_up_has_built_them_here() -> None:
+    assert library_path().is_file(), "scripts/test.sh does it"
+    assert all_kernels()[-1].name == b"plain"
+
+
+def test_a_build_that_fails_says_so_in_one_line(tmp_path: Path) -> None:
+    """From a copy whose sources are others, so that it has to build; `false` is no compiler."""
+    folder = tmp_path / "native"
+    shutil.copytree(BUILD.parent, folder)
+    (folder / "kernels.h").write_text("another one")
+    done = subprocess.run(
+        [sys.executable, str(folder / "build.py")],
+        env={**os.environ, "CXX": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("no compiled kernels, torch alone will compute")
+
+
+def test_without_them_one_line_warns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("worker.native.library.library_path", lambda: tmp_path / "none.so")
+    all_kernels.cache_clear()
+    try:
+        assert all_kernels() == all_kernels() == ()
+    finally:
+        all_kernels.cache_clear()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "no compiled kernels" in record.getMessage()
+
+
+# bfloat16 results of order 10 differ by a rounding, float32 sums of 1000 products of order 1 in the last bits
+TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-3}, torch.bfloat16: {"rtol": 1e-2, "atol": 2e-2}}
+
+
+@pytest.mark.parametrize("dot", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_linears_equal_torch_and_a_row_does_not_depend_on_the_others(
+    kernels: Kernels, threads: int, dtype: torch.dtype, dot: bool
+) -> None:
+    torch.manual_seed(0)
+    for outputs, inputs in (*SHAPES, (1100, 640)):  # the last is spread over threads even with one row
+        weight = torch.randn(outputs, inputs).to(dtype)
+        for bias in (torch.randn(outputs).to(dtype), None):
+            linear = NativeLinear(weight, bias, kernels, dot)
+            x = torch.randn(max(ROWS), inputs + 3).to(dtype)[:, 1 : inputs + 1]  # rows that lie apart
+            want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+            got = linear(x)
+            torch.testing.assert_close(got, want.to(dtype), **TOLERANCE[dtype])
+            for rows in ROWS:
+                assert torch.equal(linear(x[:rows]), got[:rows]), (outputs, inputs, rows)
+            assert torch.equal(linear(x.t().contiguous().t()), got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_weights_come_back_whole_and_by_row(kernels: Kernels, dtype: torch.dtype) -> None:
+    for outputs, inputs in SHAPES:
+        weight = torch.randint(-127, 128, (outputs, inputs)).to(dtype)
+        if dtype is torch.int8:
+            assert torch.equal(PackedInt8(weight, kernels).dense(), weight)
+            continue
+        linear = NativeLinear(weight, None, kernels)
+        chosen = torch.randint(0, outputs, (9,), dtype=torch.int32)
+        assert torch.equal(linear.dense(), weight)
+        assert torch.equal(linear.rows(chosen), weight[chosen])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("static", [(None, 0), (0.02, 0), (0.01, -7)])
+def test_int8_equals_its_twin_to_the_bit(
+    kernels: Kernels, threads: int, dtype: torch.dtype, static: tuple[float | None, int]
+) -> None:
+    torch.manual_seed(0)
+    for outputs, inputs in (*SHAPES, (500, 300)):
+        weight = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+        packed, twin = PackedInt8(weight, kernels), PackedInt8(weight, None)
+        scale = torch.rand(outputs) * 0.01
+        for bias in (torch.randn(outputs), None):
+            for rows in ROWS:
+                x = (torch.randn(rows, inputs + 2) * 3).to(dtype)[:, :inputs]
+                x[rows // 2] = 0
+                want = w8a8_linear(x, twin, scale, bias, *static)
+                assert torch.equal(w8a8_linear(x, packed, scale, bias, *static), want), (outputs, rows)
+
+
+def test_an_int8_row_without_a_scale_is_nan_and_harms_no_other(kernels: Kernels) -> None:
+    packed = PackedInt8(torch.ones(40, 24, dtype=torch.int8), kernels)
+    x = torch.ones(4, 24)
+    x[1, 5], x[2, 6] = torch.nan, torch.inf
+    y = w8a8_linear(x, packed, torch.ones(40))
+    assert y[1:3].isnan().all()
+    twin = w8a8_linear(x, PackedInt8(packed.dense(), None), torch.ones(40))
+    assert torch.equal(y.nan_to_num(0), twin.nan_to_num(0)) and y[[0, 3]].isfinite().all()
