@@ -19,8 +19,10 @@ from worker.layers.linear import (
     UpcastingLinear,
     filled_rows,
 )
+from worker.native import NativeLinear
+from worker.native.library import all_kernels
 from worker.platforms.cpu import CpuPlatform
-from worker.platforms.cpu_kernels import LinearKernels
+from worker.platforms.cpu_kernels import LinearKernels, Native
 from worker.platforms.memory_limits import MemoryInfo, read_memory
 from worker.platforms.registry import _ACCELERATORS, PLATFORMS, select_platform
 
@@ -226,11 +228,33 @@ def test_the_platform_builds_what_the_probe_found(
     assert ("packed" in platform.describe(), "float32" in platform.describe()) == (packed, upcast)
 
 
+@pytest.mark.parametrize("native", ["", "float32", "dot"])
+def test_a_head_that_is_the_embedding_too_gives_its_rows(
+    monkeypatch: pytest.MonkeyPatch, native: Native
+) -> None:
+    if native and not all_kernels():
+        pytest.skip("no compiled kernels")
+    monkeypatch.setattr(
+        "worker.platforms.cpu.probe_linears", lambda dtype: LinearKernels(True, upcast=True, native=native)
+    )
+    platform = CpuPlatform()
+    embedding = torch.randn(70, 40).bfloat16()
+    head, rows = platform.pack_tied(embedding)
+    assert isinstance(head, NativeLinear if native else InvariantLinear)
+    ids = torch.tensor([69, 0, 33, 33], dtype=torch.int32)
+    assert torch.equal(rows(ids), embedding[ids])
+    x = torch.randn(3, 40).bfloat16()
+    torch.testing.assert_close(head(x), x @ embedding.T, **TOLERANCE[torch.bfloat16])
+    assert platform.wide_rows == (None if native else UpcastingLinear.MIN_ROWS)
+    assert ("compiled here" in platform.describe()) == bool(native)
+
+
 def test_a_missing_packed_kernel_falls_back_to_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> PackedLinear:
         raise RuntimeError("no oneDNN in this build")
 
     monkeypatch.setattr("worker.platforms.cpu_kernels.PackedLinear", refuse)
+    monkeypatch.setattr("worker.platforms.cpu_kernels.kernels", lambda: None)
     platform = CpuPlatform()
     linear = platform.pack_linear(torch.eye(3), None)
     assert torch.equal(linear(torch.ones(1, 3)), torch.ones(1, 3))

@@ -18,7 +18,7 @@ from worker.layers.adapted import AdaptedLinear, Projection, StepAdapters
 from worker.layers.norm import rms_norm
 from worker.layers.rotary import RotaryTable, apply_rotary
 from worker.loader import Checkpoint
-from worker.platforms.base import Linear, Platform
+from worker.platforms.base import Linear, Lookup, Platform
 
 _EMBEDDING = "model.embed_tokens"
 _FINAL_NORM = "model.norm"
@@ -51,6 +51,13 @@ class WeightReader:
         linear = self._platform.pack_linear(weight, biases)
         self._checkpoint.release()
         return linear
+
+    def tied(self, module: str) -> tuple[Linear, Lookup]:
+        """The head that is the embedding too, and the embedding."""
+        weight = self._checkpoint.take(f"{module}.weight", dtype=self._dtype)
+        both = self._platform.pack_tied(weight)
+        self._checkpoint.release()
+        return both
 
     def adapted(self, prefix: str, *modules: str, bias: bool = False) -> AdaptedLinear:
         """As `linear`, and open to LoRA adapters; note where each projection ends up."""
@@ -116,11 +123,12 @@ class LlamaForCausalLM:
             progress((index + 1) / (config.num_layers + 1))
         self.projections, self.step_adapters = reader.projections, reader.step_adapters
         self._final_norm = reader.plain(_FINAL_NORM)
-        self._embedding = reader.plain(_EMBEDDING)
+        self._embed: Lookup
         if config.tie_word_embeddings:
-            # packing it doubles the table in memory, and halves the time of the step's largest product
-            self._head = platform.pack_linear(self._embedding, None)
+            self._head, self._embed = reader.tied(_EMBEDDING)
         else:
+            embedding = reader.plain(_EMBEDDING)
+            self._embed = lambda ids: functional.embedding(ids, embedding)
             self._head = reader.linear("", _HEAD)
         progress(1.0)
 
@@ -172,7 +180,7 @@ class LlamaForCausalLM:
         return frozenset(names)
 
     def forward(self, batch: Batch, attention: AttentionBackend, cache: KvCache) -> Tensor:
-        x = functional.embedding(batch.input_ids, self._embedding)
+        x = self._embed(batch.input_ids)
         cos, sin = self._rotary.gather(batch.positions)
         for layer, (k_cache, v_cache) in zip(self._layers, cache.layers, strict=True):
             layer.forward(x, cos, sin, attention, k_cache, v_cache)

@@ -26,6 +26,7 @@ constexpr int TILE = 1;
 #endif
 constexpr int64_t BLOCK_BYTES = 384 << 10;  // of prepared rows, which stay in the second-level cache
 constexpr int64_t SERIAL = 1 << 17;         // products that one thread does sooner than two
+constexpr int64_t SHARED = 1 << 14;         // elements whose preparation is worth sharing
 constexpr int64_t AHEAD = 2048;             // bytes that are fetched ahead
 
 // -- what one step over the inputs does, for each kind of weights ---------------------------------------
@@ -284,11 +285,15 @@ int32_t run(const Linear* linear, const T* x, int64_t x_stride, T* y, int64_t ro
     if (block < 1) block = 1;
     int64_t blocks = (tiles.count + block - 1) / block;
     int threads = rows * linear->in * linear->out < SERIAL ? 1 : omp_get_max_threads();
+    bool together = rows * linear->in >= SHARED;  // else the threads need not wait for each other once more
+    if (!together)
+        for (int64_t t = 0; t < tiles.count; t++) prepare<W>(linear, x, x_stride, steps, prepared, tiles, t);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        if (together) {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tiles.count; t++) prepare<W>(linear, x, x_stride, steps, prepared, tiles, t);
-
+            for (int64_t t = 0; t < tiles.count; t++) prepare<W>(linear, x, x_stride, steps, prepared, tiles, t);
+        }
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < blocks * panels; i++) {
             int64_t panel = i % panels, begin = i / panels * block;

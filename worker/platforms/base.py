@@ -13,6 +13,7 @@ from worker.platforms.memory_limits import MemoryInfo
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Linear = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
+Lookup = Callable[[Tensor], Tensor]  # int [T] -> [T, hidden]
 
 
 class Platform(Protocol):
@@ -43,6 +44,9 @@ class Platform(Protocol):
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """weight: [out, in]; bias: [out]. Both may be kept: the caller must not change them any more."""
+
+    def pack_tied(self, embedding: Tensor) -> tuple[Linear, Lookup]:
+        """embedding: [vocab, hidden], kept as in `pack_linear` -> the head that it is too, and its rows."""
 
     @property
     def wide_rows(self) -> int | None:

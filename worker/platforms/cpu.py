@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from worker.cache_size import CPU_KV_SHARE
 from worker.layers.linear import (
@@ -20,7 +21,8 @@ from worker.layers.linear import (
     StepArithmetic,
     UpcastingLinear,
 )
-from worker.platforms.base import DTypeName, Linear
+from worker.native import NativeLinear, kernels
+from worker.platforms.base import DTypeName, Linear, Lookup
 from worker.platforms.cpu_kernels import LinearKernels, probe_linears
 from worker.platforms.memory_limits import MemoryInfo, read_memory
 from worker.platforms.row_sizes import equal_sizes
@@ -72,11 +74,27 @@ class CpuPlatform:
             self._kernels[dtype] = probe_linears(dtype)
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return self._native_linear(weight, bias) or self._torch_linear(weight, bias)
+
+    def pack_tied(self, embedding: Tensor) -> tuple[Linear, Lookup]:
+        native = self._native_linear(embedding, None)
+        if native is not None:
+            return native, native.rows
+        # packed, the table is in memory twice, and the step's largest product takes half the time
+        return self._torch_linear(embedding, None), lambda ids: functional.embedding(ids, embedding)
+
+    def _native_linear(self, weight: Tensor, bias: Tensor | None) -> NativeLinear | None:
+        """None: torch's are faster here, or nothing is compiled."""
+        self.choose_kernels(weight.dtype)
+        arithmetic = self._kernels[weight.dtype].native
+        compiled = kernels() if arithmetic else None
+        return None if compiled is None else NativeLinear(weight, bias, compiled, dot=arithmetic == "dot")
+
+    def _torch_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         dtype, size = weight.dtype, weight.numel()
-        self.choose_kernels(dtype)
-        kernels = self._kernels[dtype]
-        narrow = PackedLinear(weight, bias) if kernels.packed else PlainLinear(weight, bias)
-        fast = UpcastingLinear(narrow, self._scratch) if kernels.upcast and size <= _MAX_UPCAST else narrow
+        chosen = self._kernels[dtype]
+        narrow = PackedLinear(weight, bias) if chosen.packed else PlainLinear(weight, bias)
+        fast = UpcastingLinear(narrow, self._scratch) if chosen.upcast and size <= _MAX_UPCAST else narrow
         kind = (weight.shape, dtype, bias is not None)
         if kind not in self._row_sizes:
             self._row_sizes[kind] = equal_sizes(narrow, weight, bias)
@@ -84,7 +102,8 @@ class CpuPlatform:
 
     @property
     def wide_rows(self) -> int | None:
-        return UpcastingLinear.MIN_ROWS if any(chosen.upcast for chosen in self._kernels.values()) else None
+        upcast = any(chosen.upcast and not chosen.native for chosen in self._kernels.values())
+        return UpcastingLinear.MIN_ROWS if upcast else None
 
     def findings(self) -> bytes:
         return json.dumps({str(dtype): astuple(chosen) for dtype, chosen in self._kernels.items()}).encode()
@@ -92,11 +111,11 @@ class CpuPlatform:
     def adopt(self, findings: bytes) -> None:
         chosen = json.loads(findings)
         dtypes = {str(dtype): dtype for dtype in _DTYPES.values()}
-        self._kernels = {dtypes[name]: LinearKernels(*kernels) for name, kernels in chosen.items()}
+        self._kernels = {dtypes[name]: LinearKernels(*fields) for name, fields in chosen.items()}
 
     def describe(self) -> str:
-        kernels = "; ".join(f"{str(dtype)[6:]} linears {chosen}" for dtype, chosen in self._kernels.items())
-        return f"cpu, {torch.get_num_threads()} threads, {kernels or 'no linears yet'}"
+        linears = "; ".join(f"{str(dtype)[6:]} linears {chosen}" for dtype, chosen in self._kernels.items())
+        return f"cpu, {torch.get_num_threads()} threads, {linears or 'no linears yet'}"
 
 
 def keep_freed_memory() -> None:

@@ -10,26 +10,38 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from worker.layers.linear import Float32Scratch, PackedLinear, PlainLinear, UpcastingLinear
+from worker.native import NativeLinear, kernels
 
 log = logging.getLogger("llm.platform")
 
 _SHAPE = (2048, 1024)
 _DECODE_ROWS = (1, 8)
 _PREFILL_ROWS = 512
+# steps of each size in a service with short prompts: what is gained here may be lost there
+_STEPS = {1: 16.0, 8: 16.0, _PREFILL_ROWS: 0.5}
+
+Native = Literal["", "float32", "dot"]
 
 
 @dataclass(frozen=True, slots=True)
 class LinearKernels:
     packed: bool  # oneDNN's packed weights
     upcast: bool  # float32 products for long prefills
+    native: Native = ""  # instead of both, our own: the arithmetic they use
 
     def __str__(self) -> str:
+        if self.native:
+            return f"compiled here, by {_ARITHMETIC[self.native]}"
         return ("packed" if self.packed else "plain") + (", long prefills in float32" if self.upcast else "")
+
+
+_ARITHMETIC = {"float32": "float32 products", "dot": "bfloat16 dot products"}
 
 
 def probe_linears(dtype: torch.dtype) -> LinearKernels:
@@ -37,7 +49,8 @@ def probe_linears(dtype: torch.dtype) -> LinearKernels:
     plain = PlainLinear(weight, None)
     packed = _packed_if_faster(plain, weight)
     upcast = dtype is not torch.float32 and _upcasting_is_faster(packed or plain, dtype)
-    return LinearKernels(packed is not None, upcast)
+    torch_best = UpcastingLinear(packed or plain, Float32Scratch()) if upcast else packed or plain
+    return LinearKernels(packed is not None, upcast, _native_if_faster(torch_best, weight))
 
 
 def _packed_if_faster(plain: PlainLinear, weight: Tensor) -> PackedLinear | None:
@@ -51,6 +64,32 @@ def _packed_if_faster(plain: PlainLinear, weight: Tensor) -> PackedLinear | None
         return None
     plain_s = sum(_fastest(plain, x, tries=20) for x in inputs)
     return packed if packed_s <= plain_s * 1.05 else None
+
+
+def _native_if_faster(torch_best: Callable[[Tensor], Tensor], weight: Tensor) -> Native:
+    """One kernel for all numbers of rows: its layout is another, and no weight is kept twice.
+
+    It may be a little slower: the order of its sums does not depend on the batch; others need tiles for that.
+    """
+    compiled = kernels()
+    if compiled is None or weight.dtype not in _NATIVE:
+        return ""
+    inputs = {rows: torch.ones(rows, _SHAPE[1], dtype=weight.dtype) for rows in _STEPS}
+
+    def seconds(run: Callable[[Tensor], Tensor]) -> float:
+        tries = {rows: 20 if rows < _PREFILL_ROWS else 4 for rows in _STEPS}
+        return sum(_STEPS[rows] * _fastest(run, x, tries[rows]) for rows, x in inputs.items())
+
+    ways = [way for way in _NATIVE[weight.dtype] if way != "dot" or compiled.has_bf16_dot]
+    times = {way: seconds(NativeLinear(weight, None, compiled, dot=way == "dot")) for way in ways}
+    best = min(times, key=lambda way: times[way])
+    return best if times[best] <= 1.1 * seconds(torch_best) else ""
+
+
+_NATIVE: dict[torch.dtype, tuple[Native, ...]] = {
+    torch.float32: ("float32",),
+    torch.bfloat16: ("dot", "float32"),
+}
 
 
 def _upcasting_is_faster(narrow: PlainLinear | PackedLinear, dtype: torch.dtype) -> bool:
