@@ -15,6 +15,7 @@ from daemon.config_schema import DEPLOY, MODEL, SERVER
 from daemon.config_values import Values
 from endpoint.tls import KEY_PREFIX
 from engine.file_modes import DIRECTORY_MODE, access_problems
+from engine.quantisation import read_quantisation
 from engine.settings import Plane, TlsFiles
 from engine.weight_files import WeightFault, did_you_mean, read_json_object, read_weights
 
@@ -269,7 +270,9 @@ def _weight_faults(path: Path, names: list[str]) -> list[str]:
     if unreadable:
         return unreadable
     try:
-        read_weights(path)
+        tensors = read_weights(path)
+        if "config.json" in names:
+            read_quantisation(path, tensors)
     except WeightFault as fault:
         return list(fault.faults)
     return []
@@ -310,6 +313,9 @@ def _model_config_faults(config: Mapping[str, Any]) -> list[str]:
         faults.append('no positive "vocab_size"')
     if not isinstance(config.get("torch_dtype", config.get("dtype")), str):
         faults.append('no string "torch_dtype"')
-    if config.get("quantize") or config.get("quantization_config"):
-        faults.append("quantised weights are not supported by this build")
+    if config.get("quantization_config"):
+        faults.append(
+            '"quantization_config" is not supported; quantised weights are read with "quantize" and a '
+            "quant_model_description.json"
+        )
     return faults

@@ -15,6 +15,7 @@ from daemon.config_report import Report, shown
 from daemon.config_schema import DEPLOY, MODEL, MODEL_NAME
 from daemon.config_values import Values
 from engine.file_modes import DIRECTORY_MODE
+from engine.quantisation import quantize_scheme
 from engine.settings import LoraModule, LoraSettings
 
 _MODULES = f"{DEPLOY}.LoraModules"
@@ -63,6 +64,10 @@ def find_adapters(
         )
     if entries or settings.dynamic:
         _check_company(bool(entries), values, report)
+        if scheme := quantize_scheme(weight_path):
+            key, given = (_MODULES, len(entries)) if entries else (_MAX_LORAS, max_loras)
+            wrong = f'adapters cannot be combined with quantised weights ("quantize": {shown(scheme)})'
+            report.refuse(key, given, wrong, f"no {_MODULES} and maxLoras 0, or weights in floating point")
     return settings
 
 

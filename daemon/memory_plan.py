@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import EXIT_INIT, StartupError
+from engine.quantisation import Quantisation, read_quantisation
 from engine.settings import ModelSettings, ScheduleSettings
-from engine.weight_files import WeightFault, read_weights
+from engine.weight_files import StoredTensor, WeightFault, read_weights
 from worker.cache_size import (
     CPU_KV_SHARE,
     activation_bytes,
@@ -37,11 +39,21 @@ class StoredWeights:
 
     num_files: int
     elements: Counter[str]  # stored type ("BF16", "F32", ...) -> number of elements
+    quantisation: Quantisation
+    tensors: Mapping[str, StoredTensor]
 
     @property
     def main_type(self) -> str:
-        """The type most elements have."""
-        return self.elements.most_common(1)[0][0]
+        """The type most elements have that are not quantised; of strange ones when there are no others."""
+        plain: Counter[str] = Counter()
+        for name, tensor in self.tensors.items():
+            if tensor.dtype in _NAMES and name not in self.quantisation.extras:
+                plain[tensor.dtype] += math.prod(tensor.shape)
+        return (plain or self.elements).most_common(1)[0][0]
+
+    def bytes_held(self, dtype: str) -> int:
+        """What a worker keeps of them, computing in `dtype`."""
+        return self.quantisation.bytes_held(self.tensors, _BYTES[dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +92,7 @@ def plan_memory(
         architecture=architecture,
         weights=weights,
         dtype=dtype,
-        weight_bytes=weights.elements.total() * _BYTES[dtype],
+        weight_bytes=weights.bytes_held(dtype),
         activation_bytes=activation_bytes(config, limits),
         block_size=schedule.block_size,
         block_bytes=bytes_per_block(
@@ -117,15 +129,17 @@ def _read_decoder(model: ModelSettings) -> tuple[DecoderConfig, str]:
 def _stored_weights(folder: Path) -> StoredWeights:
     """Raises StartupError with all that is wrong with the files."""
     try:
-        tensors = read_weights(folder).values()
+        tensors = read_weights(folder)
+        quantisation = read_quantisation(folder, tensors)
     except WeightFault as fault:
         raise StartupError(str(fault), EXIT_INIT) from None
     elements: Counter[str] = Counter()
-    for tensor in tensors:
+    for tensor in tensors.values():
         elements[tensor.dtype] += math.prod(tensor.shape)
     if not elements:
         raise StartupError(f"{folder} holds no tensors in *.safetensors files", EXIT_INIT)
-    return StoredWeights(len({tensor.file for tensor in tensors}), elements)
+    files = {tensor.file for tensor in tensors.values()}
+    return StoredWeights(len(files), elements, quantisation, tensors)
 
 
 def _compute_dtype(model: ModelSettings, weights: StoredWeights) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_QUANTISED = "quant_model_weight"  # how the files of quantised checkpoints are named; more may follow
 
 _LENGTH_BYTES = 8  # little-endian, before the header
 _MAX_HEADER_BYTES = 32 * 2**20  # a tensor takes some 120 bytes of header
@@ -51,11 +52,24 @@ class WeightFault(Exception):
 
 def read_weights(folder: Path) -> dict[str, StoredTensor]:
     """Tensor name -> where it lies, of the whole checkpoint. Raises WeightFault with all there is to say."""
-    if (folder / INDEX).exists():
-        return _read_shards(folder)
-    if not (folder / SINGLE).exists():
+    index = weight_file(folder, INDEX)
+    if index is not None:
+        return _read_shards(index)
+    single = weight_file(folder, SINGLE)
+    if single is None:
         raise WeightFault([_no_weights(folder)])
-    return read_header(folder / SINGLE)
+    return read_header(single)
+
+
+def weight_file(folder: Path, name: str) -> Path | None:
+    """The file `name`, INDEX or SINGLE, or what a quantised checkpoint has in its place; None: neither."""
+    if (folder / name).exists():
+        return folder / name
+    found = sorted(folder.glob(f"{_QUANTISED}*{name.removeprefix('model')}"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:3])
+        raise WeightFault([f"{folder}: {len(found)} checkpoints ({names}); keep the one to be loaded"])
+    return found[0] if found else None
 
 
 def _no_weights(folder: Path) -> str:
@@ -69,15 +83,16 @@ def did_you_mean(name: str, others: Iterable[str]) -> str:
     return f" (there is {close[0]})" if close else ""
 
 
-def _read_shards(folder: Path) -> dict[str, StoredTensor]:
-    file_of = _read_index(folder)
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    folder = index.parent
+    file_of = _read_index(index)
     faults: list[str] = []
     found: dict[str, dict[str, StoredTensor]] = {}
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     for file in sorted(set(file_of.values())):
         if not (folder / file).exists():
             others = [name for name in names if name not in file_of.values()]
-            faults.append(f"{folder / INDEX} names a missing file: {file}{did_you_mean(file, others)}")
+            faults.append(f"{index} names a missing file: {file}{did_you_mean(file, others)}")
             continue
         try:
             found[file] = read_header(folder / file)
@@ -85,16 +100,16 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
             faults += fault.faults
     lacking = [(name, file) for name, file in file_of.items() if file in found and name not in found[file]]
     faults += [
-        f"{folder / file} lacks {name}, which {INDEX} places there" for name, file in lacking[:_MAX_FAULTS]
+        f"{folder / file} lacks {name}, which {index.name} places there"
+        for name, file in lacking[:_MAX_FAULTS]
     ]
     if faults:
         raise WeightFault(faults)
     return {name: found[file][name] for name, file in file_of.items()}
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_index(file: Path) -> dict[str, str]:
     """Tensor name -> name of its file, which lies in the same directory."""
-    file = folder / INDEX
     index = read_json_object(file, _MAX_INDEX_BYTES)
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files:

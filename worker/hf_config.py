@@ -88,11 +88,12 @@ def parse_decoder(
     """Check what this build can compute; every refusal names the key and the value found."""
     if config.text("hidden_act", "silu") != "silu":
         raise config.wrong("hidden_act", '"silu"')
-    for key in ("quantize", "quantization_config"):
-        if config.raw(key):
-            raise config.refusal(
-                f"{key} {shown(config.raw(key))}: quantised weights are not supported by this build"
-            )
+    if config.raw("quantization_config"):
+        found = shown(config.raw("quantization_config"))
+        raise config.refusal(
+            f"quantization_config {found}: not supported; quantised weights are read with"
+            ' "quantize" and a quant_model_description.json'
+        )
     hidden_size = config.positive("hidden_size")
     num_heads = config.positive("num_attention_heads")
     num_kv_heads = config.optional_positive("num_key_value_heads") or num_heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import EXIT_INIT, StartupError
+from engine.quantisation import read_quantisation
 from engine.weight_files import StoredTensor, WeightFault, read_weights
 
 _DTYPES = {
@@ -24,21 +25,23 @@ class Checkpoint:
     """Maps files into memory only while tensors are being taken: `release` gives the pages back."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the headers of all files."""
+        """Reads the headers of all files, and how the weights are quantised."""
         self.folder = folder
         self._open: dict[Path, Any] = {}
         self._exits = ExitStack()
         try:
             self._stored = read_weights(folder)
+            self.quantisation = read_quantisation(folder, self._stored)
         except WeightFault as fault:
             raise StartupError(str(fault), EXIT_INIT) from None
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype most bytes of the checkpoint are in, once it has been checked."""
+        """The dtype most bytes of what is not quantised are in, once the checkpoint has been checked."""
         sizes: dict[str, int] = {}
-        for tensor in self._stored.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
+        for name, tensor in self._stored.items():
+            if tensor.dtype in _DTYPES and name not in self.quantisation.extras:
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
         return _DTYPES[max(sizes, key=lambda name: sizes[name])]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -46,14 +49,22 @@ class Checkpoint:
         return self._stored[name].shape
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignorable: frozenset[str] = frozenset()) -> None:
-        """Raise StartupError naming every tensor that is missing, unexpected, or wrong in shape or dtype."""
+        """Raise StartupError naming every tensor that is missing, unexpected, or wrong in shape or dtype.
+
+        `expected`, `ignorable`: of the model in floating point.
+        """
         complaints = []
         for name, shape in expected.items():
-            if name not in self._stored:
+            module, _, kind = name.rpartition(".")
+            how = self.quantisation.type_of(module)
+            if name in self._stored:
+                is_int8 = kind == "weight" and how != "FLOAT"
+                complaints += _misfits(
+                    name, self._stored[name], shape, ("I8",) if is_int8 else tuple(_DTYPES)
+                )
+            elif not (kind == "bias" and how == "W8A8"):  # there it is part of quant_bias
                 complaints.append(f"{name} {list(shape)} is missing")
-            else:
-                complaints += _misfits(name, self._stored[name], shape)
-        for name in self._stored.keys() - expected.keys() - ignorable:
+        for name in self._stored.keys() - expected.keys() - ignorable - self.quantisation.extras:
             complaints.append(f"{name} in {self._stored[name].file.name} is unexpected")
         if complaints:
             shown = "; ".join(sorted(complaints)[:_MAX_COMPLAINTS])
@@ -70,6 +81,18 @@ class Checkpoint:
             if len(parts) == 1
             else torch.cat([part.to(dtype) for part in parts])
         )
+
+    def raw(self, name: str) -> Tensor:
+        """A copy of one tensor in the type it is stored in."""
+        return self._tensor(name).clone()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def bytes_held(self, expected: Iterable[str], float_bytes: int) -> int:
+        """What these tensors, and those their quantisation adds, take when computed with in `float_bytes`."""
+        names = {*expected, *self.quantisation.extras} & self._stored.keys()
+        return self.quantisation.bytes_held({name: self._stored[name] for name in names}, float_bytes)
 
     def release(self) -> None:
         """Unmap all files. Mapped pages count as this process's memory for as long as they are mapped."""
@@ -88,11 +111,11 @@ class Checkpoint:
         return tensor
 
 
-def _misfits(name: str, stored: StoredTensor, shape: tuple[int, ...]) -> list[str]:
+def _misfits(name: str, stored: StoredTensor, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> list[str]:
     where = f"{name} in {stored.file.name}"
     found = []
     if stored.shape != shape:
         found.append(f"{where} is {list(stored.shape)}, expected {list(shape)}")
-    if stored.dtype not in _DTYPES:
-        found.append(f"{where} is stored as {stored.dtype}, expected one of {', '.join(_DTYPES)}")
+    if stored.dtype not in dtypes:
+        found.append(f"{where} is stored as {stored.dtype}, expected one of {', '.join(dtypes)}")
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -85,14 +84,14 @@ class ModelRunner:
         # an id beyond the vocabulary, which some models declare, ends nothing and masks nothing
         self.eos_token_ids = tuple(token for token in eos_token_ids(folder, raw) if token < self.vocab_size)
         self.dtype = dtype
-        self.weight_bytes = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        self.weight_bytes = checkpoint.bytes_held(shapes, dtype.itemsize)
         self._kv_spec = KvSpec(
             config.num_layers, self._schedule.block_size, config.num_kv_heads, config.head_dim, dtype
         )
         self.block_bytes = self._kv_spec.block_bytes
         self._activation_bytes = activation_bytes(config, self._schedule)
         self._check_memory()
-        self._choose_kernels()
+        self._choose_kernels(quantised=bool(checkpoint.quantisation.types))
         spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
         self._attention = make_attention(self._platform.attention_backend, spec)
         self._invariant_attention = make_attention(self._platform.invariant_attention_backend, spec)
@@ -110,13 +109,15 @@ class ModelRunner:
         )
         self.adapters.load_static(self._settings.lora.modules)
 
-    def _choose_kernels(self) -> None:
+    def _choose_kernels(self, quantised: bool) -> None:
         """As the others have, or for them: not at the same time, which would disturb the measuring too."""
         with self._keepsake.alone():
             if left := self._keepsake.read():
                 self._platform.adopt(left)
             else:
                 self._platform.choose_kernels(self.dtype)
+                if quantised:
+                    self._platform.choose_int8_kernels(self.dtype)
                 self._keepsake.leave(self._platform.findings())
 
     def _check_memory(self) -> None:

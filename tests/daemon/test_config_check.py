@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import quantize
 from tests.daemon.config_home import REPO, Home
 
 # what `mindieservice_daemon` does, and then the heavy modules it has loaded
@@ -105,6 +106,22 @@ def test_damaged_weights_and_unknown_models_are_findings(home: Home) -> None:
     done = check(home)
     assert done.returncode == 1
     assert "MambaForCausalLM" in done.stdout and "LlamaForCausalLM" in done.stdout
+
+
+def test_quantised_weights_are_counted_as_they_are_held(home: Home) -> None:
+    quantize.main(["--model", str(home.model_dir), "--out", str(home.root / "q"), "--scheme", "w8a8_dynamic"])
+    home.model["modelWeightPath"] = str(home.root / "q")
+    home.backend["runtimeConfig"] = {"deviceType": "cpu"}
+    done = check(home)
+    assert done.returncode == 0, done.stdout
+    # as the worker says, whose layers keep a float32 scale and offset for each row
+    assert rows(done)["weights"] == "4.1 MiB as bfloat16 (BF16, F32, I8 in 1 file, Qwen2ForCausalLM)"
+    assert done.stderr.strip() == "", "nothing heavy is loaded"
+    (home.root / "q" / "quant_model_description.json").unlink()
+    done = check(home)
+    assert done.returncode == 1
+    (finding,) = [line for line in done.stdout.splitlines() if line.startswith("[config] ")]
+    assert "needs a quant_model_description.json" in finding
 
 
 def test_what_only_the_device_knows_is_said_to_be_so(home: Home) -> None:

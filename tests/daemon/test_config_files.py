@@ -224,10 +224,21 @@ def test_accepted_spellings_of_a_model_config(home: Home) -> None:
     home.load()
 
 
-def test_quantised_weights_are_refused(home: Home) -> None:
+def test_other_ways_of_quantising_are_refused(home: Home) -> None:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 10,
+        "torch_dtype": "float16",
+        "quantization_config": {"a": 1},
+    }
+    home.put("models/mindie-tiny/config.json", json.dumps(config))
+    assert '"quantize"' in home.only_finding()
+
+
+def test_a_quantised_checkpoint_without_its_description_is_refused(home: Home) -> None:
     config = {"model_type": "llama", "vocab_size": 10, "torch_dtype": "float16", "quantize": "w8a8"}
     home.put("models/mindie-tiny/config.json", json.dumps(config))
-    assert "quantised" in home.only_finding()
+    assert "quant_model_description.json" in home.only_finding()
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])

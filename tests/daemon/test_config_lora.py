@@ -51,6 +51,17 @@ def test_modules_in_their_order_with_relative_and_absolute_paths(home: Home) -> 
     )
 
 
+def test_quantised_weights_have_no_adapters(home: Home) -> None:
+    config = home.model_dir / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantize": "w8a8"}))
+    put_adapter(home, "loras/first")
+    home.deploy["LoraModules"] = [module("first")]
+    findings = home.findings()
+    assert any("LoraModules=1: adapters cannot be combined with quantised" in line for line in findings)
+    home.deploy.update(LoraModules=[], maxLoras=2, maxLoraRank=8)
+    assert any("maxLoras=2: adapters cannot be combined" in line for line in home.findings())
+
+
 def test_run_time_loading_needs_both_limits(home: Home) -> None:
     home.deploy.update(maxLoras=4, maxLoraRank=64)
     assert home.load().model.lora.dynamic

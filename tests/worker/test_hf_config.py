@@ -134,7 +134,6 @@ NAN = float("nan")
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings", '"no"'),
         ({"attention_bias": 1}, "attention_bias", "1"),
         ({"hidden_act": ["silu"]}, "hidden_act", '["silu"]'),
-        ({"quantize": "w8a8"}, "quantize", '"w8a8"'),
         ({"quantization_config": ["awq"]}, "quantization_config", '["awq"]'),
         ({"partial_rotary_factor": "half"}, "partial_rotary_factor", '"half"'),
         ({"rope_theta": 0}, "rope_theta", "0"),
@@ -197,7 +196,7 @@ ROPE_KEYS = [
 KEYS = [
     *BASE, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
     "mlp_bias", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
-    "architectures", "original_max_position_embeddings", "quantize", "quantization_config",
+    "architectures", "original_max_position_embeddings", "quantization_config",
     "use_sliding_window", "eos_token_id",
 ]  # fmt: skip
 

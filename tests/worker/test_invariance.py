@@ -18,6 +18,7 @@ from engine.plan import StepKind, build_plan
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.settings import LoraModule, LoraSettings
+from scripts import quantize
 from scripts.write_random_lora import write_adapter
 from scripts.write_random_model import Shape, write_model
 from tests.worker.conftest import MODEL, SCHEDULE
@@ -139,6 +140,26 @@ def test_token_by_token_equals_one_prefill(models: dict[str, Path], dtype: str) 
     for token in text[1:]:
         logits = machine.decode([sequence], [token])
     assert same(machine.finish(sequence, logits[0]), want)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w8a8", "w8a16"])
+def test_quantised_rows_keep_their_bits(models: dict[str, Path], tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "texts").write_text("bade " * 40)
+    calibrate = ["--calibrate", str(tmp_path / "texts")] if scheme == "w8a8" else []
+    folder = tmp_path / "model"
+    assert (
+        quantize.main(["--model", str(models["wider"]), "--out", str(folder), "--scheme", scheme, *calibrate])
+        == 0
+    )
+    machine = Machine(folder, "bfloat16")
+    texts = [machine.text(length) for length in (7, 90, 270)]
+    want = [machine.whole(text) for text in texts]
+    rows = [machine.sequence(text[:-1]) for text in texts]
+    rows.insert(1, machine.sequence(machine.text(33)))
+    machine.step(StepKind.PREFILL, rows)
+    logits = machine.decode(rows, [texts[0][-1], 1, texts[1][-1], texts[2][-1]])
+    got = [machine.finish(rows[row], logits[row]) for row in (0, 2, 3)]
+    assert all(map(same, got, want))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -64,17 +65,23 @@ def filled_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-class Float32Scratch:
-    """Room for one weight in float32, shared by all layers: fresh buffers this large are page-faulted in."""
+class Scratch:
+    """Room for one weight in `dtype`, shared by all layers: fresh buffers this large are page-faulted in."""
 
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffer = torch.empty(0, dtype=dtype)
 
     def hold(self, weight: Tensor) -> Tensor:
-        """A float32 copy of `weight`, valid until the next call."""
+        """A copy of `weight` in this dtype, valid until the next call."""
         if weight.numel() > len(self._buffer):
-            self._buffer = torch.empty(weight.numel())
+            self._buffer = torch.empty(weight.numel(), dtype=self.dtype)
         return self._buffer[: weight.numel()].view(weight.shape).copy_(weight)
+
+
+class Float32Scratch(Scratch):
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
 
 
 class UpcastingLinear:
@@ -113,8 +120,8 @@ class InvariantLinear:
 
     def __init__(
         self,
-        fast: PlainLinear | PackedLinear | UpcastingLinear,
-        narrow: PlainLinear | PackedLinear,
+        fast: Callable[[Tensor], Tensor],
+        narrow: Callable[[Tensor], Tensor],
         sizes: tuple[int, ...],
         step: StepArithmetic,
     ) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.quantisation import LinearType
 from worker.attention.base import AttentionBackend
 from worker.batch import Batch
 from worker.config_values import ConfigValues
@@ -16,9 +17,11 @@ from worker.kv_cache import KvCache
 from worker.layers.activation import silu_mul
 from worker.layers.adapted import AdaptedLinear, Projection, StepAdapters
 from worker.layers.norm import rms_norm
+from worker.layers.quantized import SideBySide
 from worker.layers.rotary import RotaryTable, apply_rotary
 from worker.loader import Checkpoint
 from worker.platforms.base import Linear, Lookup, Platform
+from worker.quantised_weights import mergeable, take_quantised
 
 _EMBEDDING = "model.embed_tokens"
 _FINAL_NORM = "model.norm"
@@ -44,11 +47,21 @@ class WeightReader:
     def linear(self, prefix: str, *modules: str, bias: bool = False) -> Linear:
         """The named projections merged into one, outputs in the order given."""
         names = [f"{prefix}{module}" for module in modules]
-        weight = self._checkpoint.take(*(f"{name}.weight" for name in names), dtype=self._dtype)
-        biases = (
-            self._checkpoint.take(*(f"{name}.bias" for name in names), dtype=self._dtype) if bias else None
-        )
-        linear = self._platform.pack_linear(weight, biases)
+        parts = [self._pack(how, group, bias) for how, group in mergeable(self._checkpoint, names)]
+        return parts[0] if len(parts) == 1 else SideBySide(parts)
+
+    def _pack(self, how: LinearType, names: Sequence[str], bias: bool) -> Linear:
+        if how == "FLOAT":
+            weight = self._checkpoint.take(*(f"{name}.weight" for name in names), dtype=self._dtype)
+            biases = (
+                self._checkpoint.take(*(f"{name}.bias" for name in names), dtype=self._dtype)
+                if bias
+                else None
+            )
+            linear = self._platform.pack_linear(weight, biases)
+        else:
+            given = take_quantised(self._checkpoint, how, names, bias)
+            linear = self._platform.pack_quantised(given, self._dtype)
         self._checkpoint.release()
         return linear
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from worker.layers.linear import StepArithmetic
+from worker.layers.quantized import QuantisedWeight
 from worker.platforms.memory_limits import MemoryInfo
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -47,6 +48,12 @@ class Platform(Protocol):
 
     def pack_tied(self, embedding: Tensor) -> tuple[Linear, Lookup]:
         """embedding: [vocab, hidden], kept as in `pack_linear` -> the head that it is too, and its rows."""
+
+    def choose_int8_kernels(self, dtype: torch.dtype) -> None:
+        """The same for layers of int8 weights, whose other operands are in `dtype`."""
+
+    def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
+        """As `pack_linear`; the layer takes and gives `dtype`."""
 
     @property
     def wide_rows(self) -> int | None:

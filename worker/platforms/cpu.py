@@ -18,12 +18,23 @@ from worker.layers.linear import (
     InvariantLinear,
     PackedLinear,
     PlainLinear,
+    Scratch,
     StepArithmetic,
     UpcastingLinear,
+)
+from worker.layers.quantized import (
+    W8A16,
+    QuantisedWeight,
+    W8A8Dynamic,
+    W8A8Linear,
+    W8A8Static,
+    W8A8StaticLinear,
+    W8A16Linear,
 )
 from worker.native import NativeLinear, kernels
 from worker.platforms.base import DTypeName, Linear, Lookup
 from worker.platforms.cpu_kernels import LinearKernels, probe_linears
+from worker.platforms.int8_kernels import Int8Kernels, probe_int8
 from worker.platforms.memory_limits import MemoryInfo, read_memory
 from worker.platforms.row_sizes import equal_sizes
 
@@ -40,7 +51,9 @@ class CpuPlatform:
 
     def __init__(self) -> None:
         self._kernels: dict[torch.dtype, LinearKernels] = {}
+        self._int8: Int8Kernels | None = None  # chosen when a model needs them
         self._scratch = Float32Scratch()
+        self._int8_scratch: Scratch | None = None
         self._row_sizes: dict[tuple[torch.Size, torch.dtype, bool], tuple[int, ...]] = {}
         self.arithmetic = StepArithmetic()
 
@@ -100,22 +113,53 @@ class CpuPlatform:
             self._row_sizes[kind] = equal_sizes(narrow, weight, bias)
         return InvariantLinear(fast, narrow, self._row_sizes[kind], self.arithmetic)
 
+    def choose_int8_kernels(self, dtype: torch.dtype) -> None:
+        if self._int8 is None:
+            self._int8 = probe_int8(dtype)
+
+    def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
+        self.choose_int8_kernels(dtype)
+        assert self._int8 is not None
+        match given:
+            case W8A8Static():
+                return W8A8StaticLinear(given, self._int8.product)
+            case W8A8Dynamic():
+                return W8A8Linear(given, self._int8.product)
+            case W8A16():
+                return self._pack_w8a16(given, dtype, self._int8.few_rows)
+
+    def _pack_w8a16(self, given: W8A16, dtype: torch.dtype, few_rows: int) -> Linear:
+        """Its products are sums of fractions again, so it matters for a row in how many it is."""
+        if self._int8_scratch is None or self._int8_scratch.dtype != dtype:
+            self._int8_scratch = Scratch(dtype)
+        fast = W8A16Linear(given, self._int8_scratch, few_rows)
+        narrow = W8A16Linear(given, self._int8_scratch, 0)
+        kind = (given.weight.shape, torch.int8, given.bias is not None)
+        if kind not in self._row_sizes:
+            self._row_sizes[kind] = equal_sizes(narrow, given.dense().to(dtype), given.bias)
+        return InvariantLinear(fast, narrow, self._row_sizes[kind], self.arithmetic)
+
     @property
     def wide_rows(self) -> int | None:
         upcast = any(chosen.upcast and not chosen.native for chosen in self._kernels.values())
         return UpcastingLinear.MIN_ROWS if upcast else None
 
     def findings(self) -> bytes:
-        return json.dumps({str(dtype): astuple(chosen) for dtype, chosen in self._kernels.items()}).encode()
+        linears = {str(dtype): astuple(chosen) for dtype, chosen in self._kernels.items()}
+        int8 = None if self._int8 is None else astuple(self._int8)
+        return json.dumps({"linears": linears, "int8": int8}).encode()
 
     def adopt(self, findings: bytes) -> None:
         chosen = json.loads(findings)
         dtypes = {str(dtype): dtype for dtype in _DTYPES.values()}
-        self._kernels = {dtypes[name]: LinearKernels(*fields) for name, fields in chosen.items()}
+        self._kernels = {dtypes[name]: LinearKernels(*fields) for name, fields in chosen["linears"].items()}
+        self._int8 = None if chosen["int8"] is None else Int8Kernels(*chosen["int8"])
 
     def describe(self) -> str:
-        linears = "; ".join(f"{str(dtype)[6:]} linears {chosen}" for dtype, chosen in self._kernels.items())
-        return f"cpu, {torch.get_num_threads()} threads, {linears or 'no linears yet'}"
+        told = [f"{str(dtype)[6:]} linears {chosen}" for dtype, chosen in self._kernels.items()]
+        if self._int8 is not None:
+            told.append(f"int8 linears {self._int8}")
+        return f"cpu, {torch.get_num_threads()} threads, {'; '.join(told) or 'no linears yet'}"
 
 
 def keep_freed_memory() -> None:

@@ -58,11 +58,11 @@ def _packed_if_faster(plain: PlainLinear, weight: Tensor) -> PackedLinear | None
     inputs = [torch.ones(rows, _SHAPE[1], dtype=weight.dtype) for rows in _DECODE_ROWS]
     try:
         packed = PackedLinear(weight, None)
-        packed_s = sum(_fastest(packed, x, tries=20) for x in inputs)
+        packed_s = sum(fastest(packed, x, tries=20) for x in inputs)
     except (AttributeError, RuntimeError) as error:
         log.info("packed %s linears are not available here: %s", weight.dtype, error)
         return None
-    plain_s = sum(_fastest(plain, x, tries=20) for x in inputs)
+    plain_s = sum(fastest(plain, x, tries=20) for x in inputs)
     return packed if packed_s <= plain_s * 1.05 else None
 
 
@@ -78,7 +78,7 @@ def _native_if_faster(torch_best: Callable[[Tensor], Tensor], weight: Tensor) ->
 
     def seconds(run: Callable[[Tensor], Tensor]) -> float:
         tries = {rows: 20 if rows < _PREFILL_ROWS else 4 for rows in _STEPS}
-        return sum(_STEPS[rows] * _fastest(run, x, tries[rows]) for rows, x in inputs.items())
+        return sum(_STEPS[rows] * fastest(run, x, tries[rows]) for rows, x in inputs.items())
 
     ways = [way for way in _NATIVE[weight.dtype] if way != "dot" or compiled.has_bf16_dot]
     times = {way: seconds(NativeLinear(weight, None, compiled, dot=way == "dot")) for way in ways}
@@ -95,10 +95,10 @@ _NATIVE: dict[torch.dtype, tuple[Native, ...]] = {
 def _upcasting_is_faster(narrow: PlainLinear | PackedLinear, dtype: torch.dtype) -> bool:
     x = torch.ones(_PREFILL_ROWS, _SHAPE[1], dtype=dtype)
     upcasting = UpcastingLinear(narrow, Float32Scratch())
-    return _fastest(upcasting, x, tries=4) < 0.9 * _fastest(narrow, x, tries=4)
+    return fastest(upcasting, x, tries=4) < 0.9 * fastest(narrow, x, tries=4)
 
 
-def _fastest(run: Callable[[Tensor], Tensor], x: Tensor, tries: int) -> float:
+def fastest(run: Callable[[Tensor], Tensor], x: Tensor, tries: int) -> float:
     """Seconds of the fastest run: other work on the machine only ever adds."""
     times = []
     for _ in range(tries):

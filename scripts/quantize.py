@@ -1,0 +1,414 @@
+#!/usr/bin/env python3
+"""Make int8 weights of a float checkpoint, laid out as MindIE and msModelSlim have them.
+
+    python scripts/quantize.py --model models/mindie-tiny --out /tmp/tiny-w8a8d --scheme w8a8_dynamic
+    python scripts/quantize.py --model MODEL --out OUT --scheme w8a8 --calibrate problems.jsonl
+
+w8a8_dynamic  int8 weights; activations are quantised row by row while serving
+w8a8          int8 weights; activations are quantised with constants, found on the texts of --calibrate: a
+              line is a text, or a JSON object with "question" and "answer" that is asked in the model's chat
+w8a16         int8 weights; activations stay as they are
+
+The linear layers of the decoder are quantised, with a scale for each output; embeddings, norms and the head
+are not. Tensors are read, quantised and written one by one, and a calibration holds one layer at a time, so
+that the model need not fit into memory. What it costs in accuracy: scripts/eval_accuracy.py on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages beside this folder
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoTokenizer
+
+from engine.errors import StartupError
+from engine.plan import StepKind, build_plan
+from engine.quantisation import DESCRIPTION, SCHEMES
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence as TokenSequence
+from worker.attention.base import AttentionSpec
+from worker.attention.registry import make_attention
+from worker.batch import make_batch
+from worker.config_values import ConfigValues
+from worker.layers.rotary import RotaryTable
+from worker.loader import Checkpoint
+from worker.models.llama import DecoderLayer, WeightReader
+from worker.models.registry import model_class
+from worker.platforms.base import Linear
+from worker.platforms.cpu import CpuPlatform
+
+KINDS = {"w8a8": "W8A8", "w8a8_dynamic": "W8A8_DYNAMIC", "w8a16": "W8A16"}
+DIRECTORY_MODE = 0o750  # the server refuses a model directory that is wider
+FILE_MODE = 0o640
+Ranges = dict[str, tuple[float, float]]  # module -> smallest and largest number among its inputs, 0 included
+
+
+# --- progress ---------------------------------------------------------------------------------------------
+
+
+def draw_progress(what: str, done: int, total: int, width: int = 30) -> None:
+    """Redraw the bar on a terminal; print a line every tenth of the way elsewhere."""
+    if sys.stderr.isatty():
+        filled = width * done // total
+        end = "\n" if done == total else ""
+        bar = f"[{'#' * filled}{'.' * (width - filled)}]"
+        print(f"\r{what} {bar} {done}/{total}", end=end, file=sys.stderr, flush=True)
+    elif done == total or done % max(1, total // 10) == 0:
+        print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+
+
+# --- calibration ------------------------------------------------------------------------------------------
+
+
+class Observed:
+    """A layer that remembers the range of what it is given."""
+
+    def __init__(self, inner: Linear) -> None:
+        self._inner = inner
+        self.range = (0.0, 0.0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [rows, in] -> [rows, out]."""
+        low, high = torch.aminmax(x)
+        self.range = (min(self.range[0], low.item()), max(self.range[1], high.item()))
+        return self._inner(x)
+
+
+class ObservingReader(WeightReader):
+    """Reads a layer whose linear layers are observed."""
+
+    def __init__(self, checkpoint: Checkpoint, platform: CpuPlatform, dtype: torch.dtype) -> None:
+        super().__init__(checkpoint, platform, dtype)
+        self.observed: dict[str, Observed] = {}
+
+    def linear(self, prefix: str, *modules: str, bias: bool = False) -> Linear:
+        layer = Observed(super().linear(prefix, *modules, bias=bias))
+        self.observed.update({f"{prefix}{module}": layer for module in modules})
+        return layer
+
+
+def read_texts(model: Path, file: Path, samples: int, max_tokens: int) -> list[list[int]]:
+    """Token ids of the first `samples` texts, each cut to `max_tokens`; ValueError when there is none."""
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    texts = []
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        text = _as_chat(line, tokenizer) if line.startswith("{") else line
+        ids = tokenizer.encode(text, add_special_tokens=False)[:max_tokens]
+        if ids:
+            texts.append(ids)
+        if len(texts) == samples:
+            break
+    if not texts:
+        raise ValueError(f"{file} holds no text")
+    return texts
+
+
+def _as_chat(line: str, tokenizer: Any) -> str:
+    record = json.loads(line)
+    if not all(isinstance(record.get(key), str) for key in ("question", "answer")):
+        raise ValueError(f'{line[:60]!r}: a JSON line needs the texts "question" and "answer"')
+    turns = [
+        {"role": "user", "content": record["question"]},
+        {"role": "assistant", "content": record["answer"]},
+    ]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+@torch.inference_mode()
+def observe(checkpoint: Checkpoint, texts: Sequence[list[int]]) -> Ranges:
+    """Run the texts through the model, a layer at a time, and look at what each linear layer is given."""
+    values = ConfigValues.read(checkpoint.folder / "config.json")
+    config = model_class(values).parse_config(values)
+    platform = CpuPlatform()
+    dtype = platform.weight_dtype("auto", checkpoint.stored_dtype)
+    longest = max(map(len, texts))
+    attention = make_attention(
+        platform.attention_backend,
+        AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype),
+    )
+    cache_shape = (1, longest, config.num_kv_heads, config.head_dim)
+    k_cache, v_cache = torch.zeros(cache_shape, dtype=dtype), torch.zeros(cache_shape, dtype=dtype)
+    rotary = RotaryTable(config.rope, config.head_dim, longest, dtype, platform.device)
+    batches = [make_batch(_whole_prompt(ids, longest), platform.device) for ids in texts]
+    embedding = checkpoint.take("model.embed_tokens.weight", dtype=dtype)
+    states = [functional.embedding(batch.input_ids, embedding) for batch in batches]
+    del embedding
+    found: Ranges = {}
+    for index in range(config.num_layers):
+        reader = ObservingReader(checkpoint, platform, dtype)
+        layer = DecoderLayer(config, reader, f"model.layers.{index}.")
+        for batch, x in zip(batches, states, strict=True):
+            attention.begin_step(batch, longest)
+            layer.forward(x, *rotary.gather(batch.positions), attention, k_cache, v_cache)
+        found |= {name: layer.range for name, layer in reader.observed.items()}
+        draw_progress("calibrating", index + 1, config.num_layers)
+    return found
+
+
+def _whole_prompt(ids: list[int], block_size: int) -> Any:
+    sequence = TokenSequence(0, np.array(ids, np.int32), SamplingParams(max_tokens=1))
+    sequence.block_table = [0]
+    return build_plan(StepKind.PREFILL, [sequence], block_size)
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] -> int8 of its shape, float32 [out, 1]: the largest number of a row becomes 127 or -127."""
+    wide = weight.float()
+    scale = wide.abs().amax(dim=1, keepdim=True).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+    return (wide / scale).round_().to(torch.int8), scale
+
+
+def input_constants(low: float, high: float) -> tuple[float, float]:
+    """Scale and offset that spread [low, high] over int8; 0 becomes a whole number."""
+    scale = max((high - low) / 255, float(torch.finfo(torch.float32).tiny))
+    return scale, float(min(127, max(-128, round(-128 - low / scale))))
+
+
+def static_parts(
+    q: Tensor, scale: Tensor, bias: Tensor | None, bounds: tuple[float, float]
+) -> dict[str, Tensor]:
+    """What W8A8 stores beside a weight; see engine/quantisation.py."""
+    input_scale, input_offset = input_constants(*bounds)
+    deq_scale = scale.flatten() * input_scale
+    folded = torch.zeros_like(deq_scale) if bias is None else bias.float() / deq_scale
+    folded -= q.sum(dim=1, dtype=torch.int64) * input_offset
+    return {
+        "input_scale": torch.tensor([input_scale]),
+        "input_offset": torch.tensor([input_offset]),
+        "deq_scale": deq_scale,
+        "quant_bias": folded.round_().clamp_(-(2**31), 2**31 - 128).to(torch.int32),
+    }
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Writer:
+    """Gathers tensors until they make a shard; the names of the shards are known when all are written."""
+
+    out: Path
+    stem: str
+    shard_bytes: int
+    description: dict[str, str] = field(default_factory=dict)
+    written: int = 0  # bytes
+    _pending: dict[str, Tensor] = field(default_factory=dict)
+    _pending_bytes: int = 0
+    _shards: list[list[str]] = field(default_factory=list)
+
+    def add(self, name: str, tensor: Tensor, kind: str) -> None:
+        if self._pending and self._pending_bytes + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += tensor.nbytes
+        self.description[name] = kind
+        self.written += tensor.nbytes
+
+    def close(self) -> int:
+        """Write what is left, name the shards, and write their index; the number of files."""
+        self._flush()
+        total = len(self._shards)
+        names = [
+            f"{self.stem}.safetensors" if total == 1 else f"{self.stem}-{number:05}-of-{total:05}.safetensors"
+            for number in range(1, total + 1)
+        ]
+        for number, name in enumerate(names):
+            self._part(number).rename(self.out / name)
+            (self.out / name).chmod(FILE_MODE)
+        if total > 1:
+            places = {
+                tensor: name for name, shard in zip(names, self._shards, strict=True) for tensor in shard
+            }
+            index = {"metadata": {"total_size": self.written}, "weight_map": places}
+            write_json(self.out / f"{self.stem}.safetensors.index.json", index)
+        return total
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.out / f"{self.stem}.{number}.part"
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.chmod(FILE_MODE)
+
+
+def copy_others(model: Path, out: Path, scheme: str) -> None:
+    """The tokenizer and what else lies beside the weights; config.json gets its "quantize"."""
+    for file in sorted(model.iterdir()):
+        if file.is_file() and ".safetensors" not in file.name and file.name != "config.json":
+            shutil.copyfile(file, out / file.name)
+            (out / file.name).chmod(FILE_MODE)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8-sig"))
+    write_json(out / "config.json", {**config, "quantize": scheme})
+
+
+# --- the whole --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Summary:
+    """What has been done, and how far the weights have moved."""
+
+    bytes_before: int = 0
+    errors: dict[str, float] = field(default_factory=dict)  # module -> |w - its int8| / |w|
+
+    def note(self, module: str, weight: Tensor, q: Tensor, scale: Tensor) -> None:
+        wide = weight.float()
+        self.errors[module] = float((wide - q.float() * scale).norm() / wide.norm().clamp_min(1e-30))
+
+    def lines(self, bytes_after: int, files: int) -> Iterator[str]:
+        mean = math.fsum(self.errors.values()) / len(self.errors)
+        worst = max(self.errors, key=lambda module: self.errors[module])
+        yield f"{len(self.errors)} layers in int8; all other tensors as they were"
+        yield f"{self.bytes_before / 2**20:.1f} MiB became {bytes_after / 2**20:.1f} MiB in {files} file(s)"
+        yield (
+            f"weights moved by {mean:.2%} of their norm on average, "
+            f"at most {self.errors[worst]:.2%} ({worst})"
+        )
+        yield "what that does to answers is not known yet: ask both with scripts/eval_accuracy.py"
+
+
+def quantised_modules(shapes: Mapping[str, tuple[int, ...]], keep: Sequence[str]) -> list[str]:
+    """The decoder's linear layers, without those whose name contains one of `keep`."""
+    linears = [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if ".layers." in name and name.endswith(".weight") and len(shape) == 2
+    ]
+    return [module for module in linears if not any(part in module for part in keep)]
+
+
+def quantise(
+    checkpoint: Checkpoint, writer: Writer, kind: str, keep: Sequence[str], ranges: Ranges
+) -> Summary:
+    """Write every tensor of the checkpoint, quantised where it is to be."""
+    values = ConfigValues.read(checkpoint.folder / "config.json")
+    shapes = model_class(values).tensor_shapes(model_class(values).parse_config(values))
+    modules = set(quantised_modules(shapes, keep))
+    if not modules:
+        raise ValueError("--keep leaves no layer to be quantised")
+    summary = Summary()
+    for number, name in enumerate(shapes):
+        module, _, part = name.rpartition(".")
+        tensor = checkpoint.raw(name)
+        summary.bytes_before += tensor.nbytes
+        if module not in modules:
+            writer.add(name, tensor, "FLOAT")
+        elif part == "weight":
+            q, scale = quantise_weight(tensor)
+            summary.note(module, tensor, q, scale)
+            bias = checkpoint.raw(f"{module}.bias") if f"{module}.bias" in shapes else None
+            parts = (
+                static_parts(q, scale, bias, ranges[module])
+                if kind == "W8A8"
+                else {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+            )
+            for key, value in {"weight": q, **parts}.items():
+                writer.add(f"{module}.{key}", value, kind)
+        elif kind != "W8A8":  # there it is part of quant_bias
+            writer.add(name, tensor.float(), kind)
+        checkpoint.release()
+        draw_progress("writing", number + 1, len(shapes))
+    return summary
+
+
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="directory of a float checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="directory to be written")
+    parser.add_argument("--scheme", choices=SCHEMES, required=True)
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="texts, for w8a8")
+    parser.add_argument("--samples", type=positive_int, default=128, help="texts of it that are used (128)")
+    parser.add_argument("--max-tokens", type=positive_int, default=512, help="of each text (512)")
+    parser.add_argument("--keep", action="append", default=[], metavar="PART",
+                        help="leave layers as they are whose name contains this (repeatable)")  # fmt: skip
+    parser.add_argument("--shard-mib", type=positive_int, default=4096, help="size of a weight file (4096)")
+    parser.add_argument("--force", action="store_true", help="replace what is in the directory")
+    args = parser.parse_args(argv)
+    if (args.scheme == "w8a8") != (args.calibrate is not None):
+        parser.error("--calibrate FILE goes with --scheme w8a8, and only with it")
+    if args.out.resolve() == args.model.resolve():
+        parser.error("--out must be another directory than --model")
+    return args
+
+
+def run(args: argparse.Namespace) -> Iterator[str]:
+    """Do it; yields the lines of the summary."""
+    checkpoint = Checkpoint(args.model)
+    if checkpoint.quantisation.scheme:
+        raise ValueError(f"{args.model} is quantised already ({checkpoint.quantisation.scheme})")
+    values = ConfigValues.read(args.model / "config.json")
+    cls = model_class(values)
+    config = cls.parse_config(values)
+    checkpoint.check(cls.tensor_shapes(config), cls.ignorable_tensors(config))
+    if args.out.exists() and any(args.out.iterdir()):
+        if not args.force:
+            raise ValueError(f"{args.out} is not empty; --force replaces what is in it")
+        for file in args.out.iterdir():
+            file.unlink()
+    ranges: Ranges = {}
+    if args.calibrate:
+        longest = min(args.max_tokens, config.usable_positions)
+        texts = read_texts(args.model, args.calibrate, args.samples, longest)
+        ranges = observe(checkpoint, texts)
+        yield f"calibrated on {len(texts)} texts, {sum(map(len, texts))} tokens, of {args.calibrate}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.out.chmod(DIRECTORY_MODE)
+    writer = Writer(args.out, f"quant_model_weight_{args.scheme}", args.shard_mib * 2**20)
+    summary = quantise(checkpoint, writer, KINDS[args.scheme], args.keep, ranges)
+    files = writer.close()
+    write_json(args.out / DESCRIPTION, {"model_quant_type": KINDS[args.scheme], **writer.description})
+    copy_others(args.model, args.out, args.scheme)
+    yield from summary.lines(writer.written, files)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when written, 2 when it could not be."""
+    args = parse_args(argv)
+    started = time.monotonic()
+    try:
+        for line in run(args):
+            print(line)
+    except (StartupError, OSError, ValueError) as error:
+        print(f"cannot quantise: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {args.scheme} in {time.monotonic() - started:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

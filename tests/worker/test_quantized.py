@@ -1,0 +1,267 @@
+"""Layers of int8 weights against their formulas in float64, and whole models against what they stand for."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from engine.errors import StartupError
+from engine.plan import StepKind
+from scripts import quantize
+from scripts.write_random_model import Shape, write_model
+from tests.worker.conftest import MODEL, Harness
+from worker.layers.int8_product import int8_product, int8_product_in_float32
+from worker.layers.linear import InvariantLinear
+from worker.layers.quantized import (
+    W8A16,
+    SideBySide,
+    W8A8Dynamic,
+    W8A8Linear,
+    W8A8Static,
+    W8A8StaticLinear,
+    quantise_rows,
+)
+from worker.platforms import int8_kernels
+from worker.platforms.cpu import CpuPlatform
+from worker.platforms.int8_kernels import Int8Kernels, probe_int8
+
+SHAPE = Shape("qwen2", layers=2, hidden=64, heads=4, kv_heads=2, intermediate=96, vocab=600, tied=True)
+SCHEMES = ("w8a8_dynamic", "w8a8", "w8a16")
+TEXT = " badebi dafudi gika"
+
+
+def int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(2, 3000), st.integers(0, 2**31))
+def test_products_of_int8_are_exact(rows: int, outs: int, ins: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, weight = int8(rows, ins), int8(outs, ins)
+    q[0] = weight[0] = -128  # the largest sum there is
+    want = q.long() @ weight.long().t()
+    for product in (int8_product, int8_product_in_float32):
+        got = product(q, weight)
+        assert got.dtype == torch.int32
+        assert torch.equal(got.long(), want)
+
+
+def test_rows_are_quantised_by_their_own_largest_number() -> None:
+    x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [1e-3, 5e-4, 0.0]])
+    q, scale = quantise_rows(x)
+    assert q.tolist() == [[64, -127, 32], [0, 0, 0], [127, 64, 0]]
+    torch.testing.assert_close(q * scale[:, None], x, rtol=0, atol=2 / 254)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_follow_their_formulas(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 48).to(dtype)
+    weight, scale, bias = int8(20, 48), torch.rand(20) / 50 + 0.01, torch.randn(20)
+    exact = x.double()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-2}
+
+    def check(got: torch.Tensor, want: torch.Tensor) -> None:
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, **tolerance)
+
+    row_scale = exact.abs().amax(1, keepdim=True) / 127
+    by_row = (exact / row_scale).round() @ weight.double().t() * row_scale * scale.double() + bias.double()
+    check(W8A8Linear(W8A8Dynamic(weight, scale, bias), int8_product)(x), by_row)
+
+    quant_bias = torch.randint(-3000, 3000, (20,), dtype=torch.int32)
+    constants = (exact / 0.02 + 11).round().clamp(-128, 127)  # cuts some off on both sides
+    by_constants = (constants @ weight.double().t() + quant_bias) * scale.double()
+    check(W8A8StaticLinear(W8A8Static(weight, 0.02, 11.0, quant_bias, scale), int8_product)(x), by_constants)
+
+    platform = CpuPlatform()
+    for few_rows in (0, 16):
+        platform._int8 = Int8Kernels(True, few_rows)
+        for offset in (None, torch.randint(-9, 9, (20,)).float()):
+            given_ = W8A16(weight, scale, offset, bias)
+            want = exact @ given_.dense().double().t() + bias.double()
+            layer = platform.pack_quantised(given_, dtype)
+            # one more rounding in bfloat16, before the scale
+            torch.testing.assert_close(layer(x).double(), want, rtol=2 * tolerance["rtol"], atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_bits_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    """Without the tiles that float layers need for it."""
+    torch.manual_seed(1)
+    platform = CpuPlatform()
+    weight, scale = int8(96, 1100), torch.rand(96) / 100
+    layers = [
+        platform.pack_quantised(W8A8Dynamic(weight, scale, torch.randn(96)), dtype),
+        platform.pack_quantised(
+            W8A8Static(weight, 0.03, -7.0, torch.zeros(96, dtype=torch.int32), scale), dtype
+        ),
+    ]
+    x = torch.randn(70, 1100).to(dtype)
+    for layer in layers:
+        assert not isinstance(layer, InvariantLinear)
+        want = layer(x)
+        for first, last in ((0, 1), (3, 5), (60, 69), (1, 70)):
+            assert torch.equal(layer(x[first:last]), want[first:last])
+
+
+def test_w8a16_is_tiled_where_a_step_asks_for_it() -> None:
+    torch.manual_seed(2)
+    platform = CpuPlatform()
+    layer = platform.pack_quantised(W8A16(int8(96, 700), torch.rand(96) / 100, None, None), torch.bfloat16)
+    x = torch.randn(37, 700).bfloat16()
+    platform.arithmetic.invariant = True
+    want = layer(x)
+    assert all(torch.equal(layer(x[row : row + 1]), want[row : row + 1]) for row in range(37))
+
+
+def test_a_product_that_saturates_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def saturating(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        pairs = q.int()[:, None].mul(weight.int()).unflatten(-1, (-1, 2)).sum(-1)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(-1, dtype=torch.int32)
+
+    monkeypatch.setattr(int8_kernels, "int8_product", saturating)
+    kernels = probe_int8(torch.bfloat16)
+    assert not kernels.operator
+    assert kernels.product is int8_product_in_float32
+    assert "float32 is used" in caplog.text
+
+
+def test_what_one_worker_found_another_adopts() -> None:
+    first, second = CpuPlatform(), CpuPlatform()
+    first.choose_kernels(torch.float32)
+    first.choose_int8_kernels(torch.float32)
+    second.adopt(first.findings())
+    assert second._int8 == first._int8
+    assert "int8 linears" in second.describe()
+
+
+# --- whole models ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a float model and its three quantised ones."""
+    home = tmp_path_factory.mktemp("quantised")
+    write_model(SHAPE, home / "float", dtype="float32")
+    texts = home / "texts"
+    texts.write_text(TEXT)
+    for scheme in SCHEMES:
+        calibrate = ["--calibrate", str(texts)] if scheme == "w8a8" else []
+        arguments = ["--model", str(home / "float"), "--out", str(home / scheme), "--scheme", scheme]
+        assert quantize.main([*arguments, *calibrate]) == 0
+    return home
+
+
+def dequantised(source: Path, out: Path) -> None:
+    """The float model that a checkpoint with weight_scale stands for."""
+    shutil.copytree(source.parent / "float", out)
+    tensors = load_file(next(source.glob("*.safetensors")))
+    floats = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith(_PARTS)}
+    for name in tensors:
+        if name.endswith(".weight_scale"):
+            module = name.removesuffix(".weight_scale")
+            floats[f"{module}.weight"] *= tensors[name]
+    save_file(floats, out / "model.safetensors", metadata={"format": "pt"})
+
+
+_PARTS = (".weight_scale", ".weight_offset")
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """On the text of the calibration."""
+    ids = AutoTokenizer.from_pretrained(folder).encode(TEXT)
+    harness = Harness(folder)
+    return harness.forward(StepKind.PREFILL, [harness.sequence(ids)])[0]
+
+
+def test_w8a16_computes_what_its_weights_stand_for(folder: Path, tmp_path: Path) -> None:
+    dequantised(folder / "w8a16", tmp_path / "model")
+    want = logits_of(tmp_path / "model")
+    # float32 throughout, in another order
+    torch.testing.assert_close(logits_of(folder / "w8a16"), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("w8a8_dynamic", 0.08), ("w8a8", 0.12), ("w8a16", 0.06)])
+def test_a_quantised_model_stays_near_the_float_one(folder: Path, scheme: str, most: float) -> None:
+    want, got = logits_of(folder / "float"), logits_of(folder / scheme)
+    assert 0 < (got - want).norm() < most * want.norm()
+
+
+def test_weights_are_held_once_and_counted_in_bytes(folder: Path) -> None:
+    runners = {name: Harness(folder / name).runner for name in ("float", "w8a8_dynamic")}
+    float_bytes, int8_bytes = (runner.weight_bytes for runner in runners.values())
+    linears = 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96)
+    rows = 2 * (64 * 2 + 2 * 32 + 2 * 96 + 64)
+    assert int8_bytes == float_bytes - 3 * linears + 2 * 4 * rows
+
+
+def change(source: Path, out: Path, **tensors: torch.Tensor) -> Path:
+    """A copy of a checkpoint with some tensors put in place of others; __ in a name stands for a dot."""
+    shutil.copytree(source, out)
+    file = next(out.glob("*.safetensors"))
+    new = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file({**load_file(file), **new}, file)
+    return out
+
+
+_Q = "model__layers__0__self_attn__q_proj__"
+
+
+def test_bits_of_a_float32_in_an_int64_are_read(folder: Path, tmp_path: Path) -> None:
+    stored = load_file(next((folder / "w8a8").glob("*.safetensors")))
+    bits = {
+        name.replace(".", "__"): tensor.view(torch.int32).long()
+        for name, tensor in stored.items()
+        if name.endswith("deq_scale")
+    }
+    assert torch.equal(logits_of(change(folder / "w8a8", tmp_path / "m", **bits)), logits_of(folder / "w8a8"))
+
+
+def test_projections_with_constants_of_their_own_are_not_merged(folder: Path, tmp_path: Path) -> None:
+    """A coarser scale for queries: theirs alone are rounded more."""
+    stored = load_file(next((folder / "w8a8").glob("*.safetensors")))
+    name = _Q.replace("__", ".")
+    scale, deq, bias = (stored[f"{name}{part}"] for part in ("input_scale", "deq_scale", "quant_bias"))
+    offset = stored[f"{name}input_offset"].item()
+    sums = stored[f"{name}weight"].sum(1, dtype=torch.int64)
+    real = (bias + sums * offset) * deq  # the bias itself
+    coarser = {
+        f"{_Q}input_scale": scale * 2,
+        f"{_Q}deq_scale": deq * 2,
+        f"{_Q}quant_bias": (real / (deq * 2) - sums * offset).round().int(),
+    }
+    other = change(folder / "w8a8", tmp_path / "m", **coarser)
+    layers = Harness(other).runner._model._layers  # type: ignore[attr-defined]
+    assert isinstance(layers[0]._qkv._linear, SideBySide)
+    assert not isinstance(layers[1]._qkv._linear, SideBySide)
+    want, got = logits_of(folder / "w8a8"), logits_of(other)
+    assert 0 < (got - want).norm() < 0.1 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tensors", "words"),
+    [
+        ("w8a8_dynamic", {f"{_Q}weight_offset": torch.ones(64, 1)}, "weight_offset must be all zero"),
+        ("w8a16", {f"{_Q}weight_scale": torch.full((64, 1), float("nan"))}, "weight_scale must be finite"),
+        ("w8a8", {f"{_Q}input_scale": torch.zeros(1)}, "input_scale must be above 0"),
+        ("w8a16", {f"{_Q}weight": torch.ones(64, 32, dtype=torch.int8)}, "is [64, 32], expected [64, 64]"),
+        ("w8a16", {f"{_Q}strange": torch.ones(1)}, "q_proj.strange"),
+    ],
+)
+def test_unusable_values_are_refused_with_the_tensors_name(
+    folder: Path, tmp_path: Path, scheme: str, tensors: dict[str, torch.Tensor], words: str
+) -> None:
+    with pytest.raises(StartupError) as caught:
+        Harness(change(folder / scheme, tmp_path / "m", **tensors), MODEL)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
