@@ -50,7 +50,7 @@ class Platform(Protocol):
         """embedding: [vocab, hidden], kept as in `pack_linear` -> the head that it is too, and its rows."""
 
     def choose_int8_kernels(self, dtype: torch.dtype) -> None:
-        """The same for layers of int8 weights, whose other operands are in `dtype`."""
+        """As `choose_kernels`, for layers of int8 weights, whose other operands are in `dtype`."""
 
     def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
         """As `pack_linear`; the layer takes and gives `dtype`."""
