@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
@@ -95,6 +97,31 @@ class _Growth:
         return growth
 
 
+class _TokenCollector(Collector):
+    """What is counted for each token, in plain numbers: the client library's would take 3 of its 35 us."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self.generated = 0
+        self._gaps = [0] * (len(_TPOT) + 1)  # by bucket, the last one without an upper bound
+        self._gaps_s = 0.0
+
+    def gap(self, seconds: float) -> None:
+        self._gaps[bisect_left(_TPOT, seconds)] += 1
+        self._gaps_s += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        generated = CounterMetricFamily("generation_tokens", "tokens generated", labels=["model_name"])
+        generated.add_metric([self._model], self.generated)
+        gaps = HistogramMetricFamily(
+            "time_per_output_token_seconds", "gap between two tokens", labels=["model_name"]
+        )
+        bounds = [*(str(float(bound)) for bound in _TPOT), "+Inf"]
+        counts = accumulate(self._gaps)
+        gaps.add_metric([self._model], list(zip(bounds, counts, strict=True)), self._gaps_s)
+        yield from (generated, gaps)
+
+
 class Metrics:
     """Counts what the handlers report; gauges are filled in when somebody asks."""
 
@@ -117,7 +144,8 @@ class Metrics:
         self._looked_up = self._gauge("all_radix_match_num", "prompt tokens looked up in the prefix cache")
         self._hits = self._gauge("npu_radix_match_hit_num", "prompt tokens found in the prefix cache")
         self._prompt_tokens = self._counter("prompt_tokens", "prompt tokens of requests sent to the engine")
-        self._generated = self._counter("generation_tokens", "tokens generated")
+        self._tokens = _TokenCollector(model_name)
+        self._registry.register(self._tokens)
         self._failed_share = self._gauge("failed_request_perc", "failed / received")
         self._running = self._gauge("num_requests_running", "in the engine's batch")
         self._waiting = self._gauge("num_requests_waiting", "in the engine's queue")
@@ -130,7 +158,6 @@ class Metrics:
         self._prompt_rate = self._gauge("avg_prompt_throughput_toks_per_s", "prompt tokens per second")
         self._generation_rate = self._gauge("avg_generation_throughput_toks_per_s", "tokens per second")
         self._ttft = self._histogram("time_to_first_token_seconds", "submit to first token", _TTFT)
-        self._tpot = self._histogram("time_per_output_token_seconds", "gap between two tokens", _TPOT)
         self._e2e = self._histogram("e2e_request_latency_seconds", "arrival to end", _E2E)
         self._prompt_length = self._histogram("request_prompt_tokens", "prompt length", _TOKENS)
         self._output_length = self._histogram("request_generation_tokens", "answer length", _TOKENS)
@@ -179,7 +206,7 @@ class Metrics:
         self._prompt_length.observe(prompt_tokens)
 
     def token(self) -> None:
-        self._generated.inc()
+        self._tokens.generated += 1
 
     def first_token(self, seconds: float) -> None:
         """Of a request."""
@@ -188,7 +215,7 @@ class Metrics:
 
     def next_token(self, seconds: float) -> None:
         """Of a choice."""
-        self._tpot.observe(seconds)
+        self._tokens.gap(seconds)
         self._recent_tbt.append(seconds)
 
     def watch_certificate(self, plane: Plane, days_left: Callable[[], float]) -> None:
@@ -240,7 +267,7 @@ class Metrics:
         now, (then, prompt, generated) = time.monotonic(), self._snapshot
         if now - then < _THROUGHPUT_S:
             return
-        self._snapshot = now, _value(self._prompt_tokens), _value(self._generated)
+        self._snapshot = now, _value(self._prompt_tokens), self._tokens.generated
         self._prompt_rate.set((self._snapshot[1] - prompt) / (now - then))
         self._generation_rate.set((self._snapshot[2] - generated) / (now - then))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from engine.errors import ServerError
 
@@ -19,8 +19,7 @@ class FinishCode(IntEnum):
     ERROR = 4  # the record's `error` byte holds ServerError.number
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """One row of a token record."""
 
     request_id: int

@@ -126,7 +126,7 @@ class PromptToken:
     others: tuple[TokenLogprob, ...]  # the most likely ones without it, best first
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one per token: to make a frozen one takes twice as long
 class TokenStep:
     """What one engine step added to one choice of a request, as text.
 
