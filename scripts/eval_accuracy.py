@@ -5,6 +5,9 @@ Every question goes out as one user message to ``POST /v1/chat/completions``, gr
 TLS; the last number of the answer, or the one after ``####``, is compared with the gold number::
 
     python scripts/eval_accuracy.py --data models/mindie-tiny/heldout.jsonl --min-accuracy 0.9
+
+What a change costs shows in the answers before it shows in the numbers at their ends: ``--json FILE`` keeps
+them, and a later run ``--against FILE`` tells how many are still the same text.
 """
 
 from __future__ import annotations
@@ -172,6 +175,16 @@ def show_wrong(outcomes: Sequence[Outcome], count: int) -> None:
         print(f"gold {outcome.gold}, predicted {outcome.predicted}")
 
 
+def same_answers(outcomes: Sequence[Outcome], earlier: Path) -> tuple[int, int]:
+    """How many answers are those of an earlier run's file, and to how many questions both have one."""
+    report = json.loads(earlier.read_text(encoding="utf-8"))
+    before = {item["question"]: item["text"] for item in report["outcomes"] if item["error"] is None}
+    both = [outcome for outcome in outcomes if outcome.error is None and outcome.question in before]
+    if not both:
+        raise ValueError(f"{earlier} holds no answer to any of these questions")
+    return sum(outcome.text == before[outcome.question] for outcome in both), len(both)
+
+
 def positive_int(text: str) -> int:
     """An argparse type."""
     value = int(text)
@@ -196,6 +209,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--show-wrong", type=int, nargs="?", const=5, default=0, metavar="N",
                         help="print N wrong answers (5 when no N is given)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary and every outcome here")
+    parser.add_argument("--against", type=Path, metavar="FILE",
+                        help="an earlier --json: count the answers that are the same text")  # fmt: skip
     parser.add_argument("--min-accuracy", type=float, help="exit with 1 below this share (0 to 1)")
     return parser.parse_args(argv)
 
@@ -209,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not items:
             raise ValueError(f"{args.data} holds no problems")
         model, outcomes = asyncio.run(evaluate(args, items))
+        same, both = same_answers(outcomes, args.against) if args.against else (0, 0)
     except (OSError, ValueError, LookupError, aiohttp.ClientError, asyncio.TimeoutError) as error:
         print(f"cannot evaluate: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -230,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{model}: accuracy {share:.2%} ({right} of {len(outcomes)} right, {len(outcomes) - right} wrong, "
         f"{failed} failed requests) in {summary['seconds']} s"
     )
+    if args.against:
+        print(f"{same} of {both} answers ({same / both:.2%}) are the same text as in {args.against}")
     if args.json:
         report = summary | {"outcomes": [asdict(o) | {"right": o.right} for o in outcomes]}
         args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 
     python scripts/profile_step.py --model models/mindie-tiny --batch 1,8,32 --context 256
     python scripts/profile_step.py --model models/mindie-tiny --seeds   # what seeds cost instead
+    python scripts/profile_step.py --model DIR --against DIR     # two models in turn, one quantised perhaps
 
 For every batch size that many sequences are prefilled, then decoded together; medians of the steps are shown.
 
@@ -67,7 +68,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PARTS = ("receive", "schedule", "plan", "tensors", "forward", "sample", "commit", "publish")
 WARM_STEPS = 4  # decode steps before the first that counts
 PREFILL_TOKENS = 2048  # per step, while filling
-SEED_ROUNDS = 5
+ROUNDS = 5
 
 Times = dict[str, float]
 
@@ -267,7 +268,7 @@ def compare_seeds(
 ) -> dict[str, tuple[float, float]]:
     """Median ms of processor time without and with seeds, in turn, of a decode step and of all prefills."""
     turns: dict[str, list[tuple[float, float]]] = {"decode": [], "prefill": []}
-    for _ in range(SEED_ROUNDS):
+    for _ in range(ROUNDS):
         ways = [
             profile(runner, ends, limits, args.context, args.steps, args.seed, reproducible)
             for reproducible in (False, True)
@@ -289,6 +290,29 @@ def seeds_table(figures: Mapping[int, dict[str, tuple[float, float]]]) -> str:
     return "\n".join(lines)
 
 
+def compare_models(
+    runners: Sequence[ModelRunner], ends: Ends, limits: ScheduleSettings, args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """ms of a decode step and of all prefills for each model: of turns that alternate, the fastest."""
+    turns: dict[str, list[list[float]]] = {"decode": [], "prefill": []}
+    for _ in range(ROUNDS):
+        figures = [
+            summarize(*profile(runner, ends, limits, args.context, args.steps, args.seed))
+            for runner in runners
+        ]
+        turns["decode"].append([ms["step"] for ms in figures])
+        turns["prefill"].append([ms["prefill"] for ms in figures])
+    return {name: [min(column) for column in zip(*rows, strict=True)] for name, rows in turns.items()}
+
+
+def models_table(figures: Mapping[int, dict[str, list[float]]]) -> str:
+    lines = [f"{'ms':<14}{'first':>10}{'second':>10}{'ratio':>8}"]
+    for batch, named in figures.items():
+        for name, (first, second) in named.items():
+            lines.append(f"{f'{name} {batch}':<14}{first:>10.2f}{second:>10.2f}{first / second:>8.2f}")
+    return "\n".join(lines)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -302,6 +326,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--seeds", action="store_true", help="instead: what seeds cost, both ways in turn")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="instead: this model too, both in turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return parser.parse_args(argv)
 
@@ -313,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         largest = schedule_settings(max(sizes), args.context, args.steps, args.block_size)
         runner = load_runner(args.model, largest, args.threads, args.dtype)
+        other = load_runner(args.against, largest, args.threads, args.dtype) if args.against else None
     except (StartupError, ValueError) as error:
         print(f"cannot profile: {error}", file=sys.stderr)
         return 2
@@ -328,8 +354,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 for size in sizes
             }
+        print(f"{about}, medians of {ROUNDS} turns of {args.steps} decode steps\n\n{seeds_table(compared)}")
+        return 0
+    if other is not None:
+        with make_ends() as ends:
+            both = {
+                size: compare_models(
+                    (runner, other),
+                    ends,
+                    schedule_settings(size, args.context, args.steps, args.block_size),
+                    args,
+                )
+                for size in sizes
+            }
         print(
-            f"{about}, medians of {SEED_ROUNDS} turns of {args.steps} decode steps\n\n{seeds_table(compared)}"
+            f"{about}; second: {args.against.name}; medians of {args.steps} decode steps, "
+            f"the fastest of {ROUNDS} turns\n\n{models_table(both)}"
         )
         return 0
     figures: dict[int, Times] = {}

@@ -156,6 +156,23 @@ def test_main_exit_code_and_report(
     assert printed.count("Q: ") == 10 - right
 
 
+def test_answers_are_compared_with_an_earlier_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _stub(monkeypatch, 10)
+    earlier = tmp_path / "earlier.json"
+    assert script.main(["--data", str(data), "--json", str(earlier)]) == 0
+    report = json.loads(earlier.read_text())
+    report["outcomes"][0]["text"] = "another text"
+    report["outcomes"][1] |= {"text": "", "error": "HTTP 503"}
+    earlier.write_text(json.dumps(report))
+    assert script.main(["--data", str(data), "--against", str(earlier)]) == 0
+    assert "8 of 9 answers (88.89%) are the same text" in capsys.readouterr().out
+    earlier.write_text(json.dumps({"outcomes": []}))
+    assert script.main(["--data", str(data), "--against", str(earlier)]) == 2
+    assert "no answer to any of these questions" in capsys.readouterr().err
+
+
 def test_main_without_minimum_accepts_any_accuracy(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _stub(monkeypatch, 0)
     assert script.main(["--data", str(data)]) == 0

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,29 @@ def test_every_batch_size_is_split_into_parts(
         assert ms["forward"] < ms["step"]
     shown = capsys.readouterr().out
     assert all(part in shown for part in script.PARTS)
+
+
+def test_two_models_are_compared_in_turn(
+    model: Path, threads: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "ROUNDS", 2)
+    loaded = []
+
+    def load(path: Path, *rest: Any) -> Any:
+        loaded.append(path)
+        return load_runner(path, *rest)
+
+    load_runner = script.load_runner
+    monkeypatch.setattr(script, "load_runner", load)
+    argv = ["--model", str(model), "--against", str(model), "--batch", "1,3", "--context", "20"]
+    assert script.main([*argv, "--steps", "3", "--threads", threads]) == 0
+    assert loaded == [model, model]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[:2] for row in rows] == [["decode", "1"], ["prefill", "1"], ["decode", "3"], ["prefill", "3"]]
+    for row in rows:
+        first, second, ratio = map(float, row[2:])
+        # the figures are rounded to a hundredth
+        assert ratio == pytest.approx(first / second, rel=0.05) and second > 0
 
 
 @pytest.mark.parametrize("batch", [1, 40])
