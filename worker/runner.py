@@ -93,8 +93,12 @@ class ModelRunner:
         self._check_memory()
         self._choose_kernels(quantised=bool(checkpoint.quantisation.types))
         spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
-        self._attention = make_attention(self._platform.attention_backend, spec)
-        self._invariant_attention = make_attention(self._platform.invariant_attention_backend, spec)
+        usual, invariant = (
+            self._platform.attention_backend(spec),
+            self._platform.invariant_attention_backend(spec),
+        )
+        self._attention = make_attention(usual, spec)
+        self._invariant_attention = self._attention if usual == invariant else make_attention(invariant, spec)
         self._model = cls(
             config,
             checkpoint,
@@ -103,6 +107,9 @@ class ModelRunner:
             self.max_seq_len,
             lambda fraction: self._progress("weights", fraction),
         )
+        # where there is only one way, nothing is cut for the sake of another
+        only_way = self._platform.independent_rows and self._invariant_attention is self._attention
+        self._all_invariant = only_way or self._settings.batch_invariant
         log.info("%s, %s, weights %d MiB", self._platform.describe(), dtype, self.weight_bytes >> 20)
         self.adapters = LoraTable(
             self._model.projections, self._model.step_adapters, dtype, self._platform, self._settings.lora
@@ -190,7 +197,7 @@ class ModelRunner:
         if plan.copies:
             self._cache.copy_blocks(plan.copies)
         logits = []
-        for part, invariant in split_by_arithmetic(plan, all_invariant=self._settings.batch_invariant):
+        for part, invariant in split_by_arithmetic(plan, all_invariant=self._all_invariant):
             pieces = [part] if invariant else split_plan(part, self._platform.wide_rows)
             self._platform.arithmetic.invariant = invariant
             attention = self._invariant_attention if invariant else self._attention

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from engine.plan import StepKind, build_plan
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
-from worker.attention.base import AttentionSpec
+from worker.attention.base import AttentionBackend, AttentionSpec
+from worker.attention.cpu_native import CpuNativeAttention, kernels_for
 from worker.attention.cpu_paged import similar_runs
 from worker.attention.registry import make_attention
 from worker.batch import make_batch
+from worker.native.library import all_kernels
 
 # same arithmetic, other order of summation; bfloat16 rounds inputs of order 1 to 2**-8
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -31,6 +33,7 @@ rows = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, m
     decode=st.booleans(),
     block_size=st.sampled_from([1, 4, 16]),
     heads=st.sampled_from([(4, 4), (6, 2), (5, 1)]),
+    head_dim=st.sampled_from([8, 16, 48]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
@@ -39,6 +42,7 @@ def test_paged_attention_equals_the_reference(
     decode: bool,
     block_size: int,
     heads: tuple[int, int],
+    head_dim: int,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -58,9 +62,9 @@ def test_paged_attention_equals_the_reference(
         sequence.block_table = [blocks.pop() for _ in range(count)]
     plan = build_plan(StepKind.DECODE if decode else StepKind.PREFILL, sequences, block_size)
 
-    spec = AttentionSpec(num_heads=heads[0], num_kv_heads=heads[1], head_dim=8, dtype=dtype)
-    q, k, v = (torch.randn(plan.num_tokens, n, 8).to(dtype) for n in (heads[0], heads[1], heads[1]))
-    cache = torch.randn(2, sum(needed) + 3, block_size, heads[1], 8).to(dtype)
+    spec = AttentionSpec(num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim, dtype=dtype)
+    q, k, v = (torch.randn(plan.num_tokens, n, head_dim).to(dtype) for n in (heads[0], heads[1], heads[1]))
+    cache = torch.randn(2, sum(needed) + 3, block_size, heads[1], head_dim).to(dtype)
     own = np.concatenate([
         np.repeat(sequence.block_table, block_size)[: sequence.num_tokens] * block_size
         + np.arange(sequence.num_tokens) % block_size
@@ -70,18 +74,22 @@ def test_paged_attention_equals_the_reference(
     stale[torch.from_numpy(own)] = False
     # what an earlier owner left behind: a NaN or an infinity survives any mask and any weight of zero
     left_behind = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=dtype)
-    cache.view(2, -1, heads[1], 8)[:, stale] = left_behind[torch.randint(3, (int(stale.sum()), heads[1], 8))]
+    cache.view(2, -1, heads[1], head_dim)[:, stale] = left_behind[
+        torch.randint(3, (int(stale.sum()), heads[1], head_dim))
+    ]
 
-    def attend(name: str) -> tuple[torch.Tensor, ...]:
-        backend = backend_of(name, spec)
+    def attend(backend: AttentionBackend) -> tuple[torch.Tensor, ...]:
         k_cache, v_cache = cache.clone().unbind(0)
         backend.begin_step(make_batch(plan, torch.device("cpu")), block_size)
         # the step's tensors are in the batch's order; which row is where does not matter here
         return backend.forward(q, k, v, k_cache, v_cache), k_cache, v_cache
 
-    want, *want_cache = attend("reference")
-    for name in ("cpu_paged", "cpu_invariant"):
-        got, *got_cache = attend(name)
+    want, *want_cache = attend(backend_of("reference", spec))
+    backends = [backend_of("cpu_paged", spec), backend_of("cpu_invariant", spec)]
+    if kernels_for(spec):
+        backends += [CpuNativeAttention(spec, kernels) for kernels in all_kernels()]
+    for backend in backends:
+        got, *got_cache = attend(backend)
         torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         assert all(
             torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got_cache, want_cache, strict=True)

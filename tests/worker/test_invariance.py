@@ -22,12 +22,15 @@ from scripts import quantize
 from scripts.write_random_lora import write_adapter
 from scripts.write_random_model import Shape, write_model
 from tests.worker.conftest import MODEL, SCHEDULE
-from worker.attention.base import AttentionSpec
+from worker.attention.base import AttentionBackend, AttentionSpec
 from worker.attention.cpu_invariant import CpuInvariantAttention
+from worker.attention.cpu_native import CpuNativeAttention
 from worker.batch import make_batch, split_by_arithmetic
 from worker.layers.activation import silu_mul
 from worker.layers.linear import InvariantLinear, PlainLinear, StepArithmetic
 from worker.layers.norm import rms_norm
+from worker.native.library import all_kernels
+from worker.platforms.cpu_kernels import LinearKernels
 from worker.platforms.row_sizes import SIZES, equal_sizes
 from worker.runner import ModelRunner
 
@@ -98,6 +101,21 @@ def same(got: Bits, want: Bits) -> bool:
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.fixture(params=["torch", "compiled"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes: torch's kernels in tiles, or our own, which give every row the same bits anyway."""
+    if request.param == "torch":
+        monkeypatch.setattr("worker.native.library.all_kernels", lambda: ())
+    elif not all_kernels():
+        pytest.skip("no compiled kernels")
+    else:
+        monkeypatch.setattr(
+            "worker.platforms.cpu.probe_linears",
+            lambda dtype: LinearKernels(True, True, "dot" if dtype is torch.bfloat16 else "float32"),
+        )
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     wider = tmp_path_factory.mktemp("wider")
@@ -108,7 +126,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", ["mindie-tiny", "wider"])
-def test_a_row_has_the_same_bits_in_any_company(models: dict[str, Path], model: str, dtype: str) -> None:
+def test_a_row_has_the_same_bits_in_any_company(
+    models: dict[str, Path], model: str, dtype: str, way: str
+) -> None:
     machine = Machine(models[model], dtype)
     texts = [machine.text(length + STEPS) for length in LENGTHS]
     want = [machine.whole(text) for text in texts]
@@ -131,7 +151,7 @@ def test_a_row_has_the_same_bits_in_any_company(models: dict[str, Path], model: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_token_by_token_equals_one_prefill(models: dict[str, Path], dtype: str) -> None:
+def test_token_by_token_equals_one_prefill(models: dict[str, Path], dtype: str, way: str) -> None:
     machine = Machine(models["wider"], dtype)
     text = machine.text(40)
     want = machine.whole(text)
@@ -163,17 +183,17 @@ def test_quantised_rows_keep_their_bits(models: dict[str, Path], tmp_path: Path,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_usual_way_is_another_one(models: dict[str, Path], dtype: str) -> None:
-    """Or the tests above would show nothing about the reproducible way."""
+def test_the_usual_way_is_another_one_in_torch_only(models: dict[str, Path], dtype: str, way: str) -> None:
+    """Or the tests above would show nothing about torch's reproducible way."""
     machine = Machine(models["wider"], dtype)
     text = machine.text(300)
     sequence = machine.sequence(text, reproducible=False)
     usual = machine.finish(sequence, machine.step(StepKind.PREFILL, [sequence])[0])
-    assert not same(usual, machine.whole(text))
+    assert same(usual, machine.whole(text)) == (way == "compiled")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adapters_keep_the_bits(tmp_path: Path, dtype: str) -> None:
+def test_adapters_keep_the_bits(tmp_path: Path, dtype: str, way: str) -> None:
     write_adapter(TINY, tmp_path / "a", rank=8, seed=1)
     lora = LoraSettings(modules=(LoraModule("a", tmp_path / "a"),))
     machine = Machine(TINY, dtype, lora=lora)
@@ -323,7 +343,9 @@ def test_attention_in_a_batch_equals_each_row_alone(
     torch.set_num_threads(threads)
     torch.manual_seed(len(rows))
     dim, blocks = 16, iter(range(1000))
-    backend = CpuInvariantAttention(AttentionSpec(heads[0], heads[1], dim, dtype))
+    spec = AttentionSpec(heads[0], heads[1], dim, dtype)
+    backends: list[AttentionBackend] = [CpuInvariantAttention(spec)]
+    backends += [CpuNativeAttention(spec, kernels) for kernels in all_kernels()]
     sequences = []
     for cached, new in rows:
         sequence = Sequence(
@@ -335,7 +357,13 @@ def test_attention_in_a_batch_equals_each_row_alone(
     kind = StepKind.DECODE if decode else StepKind.PREFILL
     caches = torch.randn(2, next(blocks), 16, heads[1], dim).to(dtype).unbind(0)
 
-    def run(plan_rows: list[Sequence], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def run(
+        backend: AttentionBackend,
+        plan_rows: list[Sequence],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> torch.Tensor:
         batch = make_batch(build_plan(kind, plan_rows, 16), torch.device("cpu"))
         backend.begin_step(batch, 16)
         order = torch.arange(len(q)) if batch.order is None else torch.from_numpy(batch.order)
@@ -344,6 +372,7 @@ def test_attention_in_a_batch_equals_each_row_alone(
 
     lengths = [s.num_tokens - s.num_computed for s in sequences]
     q, k, v = (torch.randn(sum(lengths), n, dim).to(dtype) for n in (heads[0], heads[1], heads[1]))
-    together = torch.split(run(sequences, q, k, v), lengths)
-    for row, parts in enumerate(zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True)):
-        assert torch.equal(run([sequences[row]], *parts), together[row]), (row, rows[row])
+    for backend in backends:
+        together = torch.split(run(backend, sequences, q, k, v), lengths)
+        for row, parts in enumerate(zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True)):
+            assert torch.equal(run(backend, [sequences[row]], *parts), together[row]), (row, rows[row])

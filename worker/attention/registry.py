@@ -8,6 +8,7 @@ from worker.attention.base import AttentionBackend, AttentionSpec
 
 BACKENDS: dict[str, tuple[str, str]] = {
     "cpu_paged": ("worker.attention.cpu_paged", "CpuPagedAttention"),
+    "cpu_native": ("worker.attention.cpu_native", "CpuNativeAttention"),
     "cpu_invariant": ("worker.attention.cpu_invariant", "CpuInvariantAttention"),
     "reference": ("worker.attention.reference", "ReferenceAttention"),
 }

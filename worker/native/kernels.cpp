@@ -1,4 +1,5 @@
 // The kernels for one instruction set: build.py compiles this file once for each, with -DISA=name.
+#include "attention.h"
 #include "kernels.h"
 #include "linear.h"
 
@@ -19,6 +20,6 @@ constexpr int32_t INT8_DOT = 0;
 #endif
 
 extern const Kernels kernels;
-const Kernels kernels = {TEXT(ISA), BF16_DOT, INT8_DOT, linear};
+const Kernels kernels = {TEXT(ISA), BF16_DOT, INT8_DOT, linear, attention};
 
 }  // namespace ISA

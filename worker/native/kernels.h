@@ -22,6 +22,24 @@ struct Linear {
     int32_t input_offset; // of int8 with an input_scale
 };
 
+struct Attention {
+    int64_t num_heads;
+    int64_t num_kv_heads;
+    int64_t head_dim;     // a multiple of 16
+    int64_t block_size;   // tokens
+};
+
+// What all layers of a step share. Row r has the queries query_start[r] .. query_start[r + 1], which are the last
+// of its context_len[r] tokens; those lie in the blocks table[r * table_width ...].
+struct Step {
+    const int64_t* slots;  // [tokens] where keys and values go: block * block_size + offset
+    const int32_t* query_start;
+    const int32_t* context_len;
+    const int32_t* table;
+    int64_t table_width;
+    int64_t rows;
+};
+
 // dtype of activations and caches: 0 float, 1 bfloat16
 struct Kernels {
     const char* name;
@@ -29,4 +47,9 @@ struct Kernels {
     int32_t has_int8_dot;
     // 0, or 1 when memory has run out
     int32_t (*linear)(const Linear*, const void* x, int64_t x_stride, void* y, int64_t rows, int32_t dtype);
+    // Stores k and v, then attends. q, k, v: [tokens, heads, head_dim], tokens that many elements apart, heads
+    // dense; out: dense; caches: [blocks, block_size, num_kv_heads, head_dim].
+    int32_t (*attention)(const Attention*, const Step*, const void* q, const void* k, const void* v,
+                         int64_t q_stride, int64_t k_stride, int64_t v_stride, void* k_cache,
+                         void* v_cache, void* out, int32_t dtype);
 };

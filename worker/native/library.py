@@ -43,6 +43,30 @@ class LinearStruct(ctypes.Structure):
     )
 
 
+class AttentionStruct(ctypes.Structure):
+    """struct Attention of kernels.h."""
+
+    _fields_ = (
+        ("num_heads", _INT64),
+        ("num_kv_heads", _INT64),
+        ("head_dim", _INT64),
+        ("block_size", _INT64),
+    )
+
+
+class StepStruct(ctypes.Structure):
+    """struct Step of kernels.h."""
+
+    _fields_ = (
+        ("slots", _POINTER),
+        ("query_start", _POINTER),
+        ("context_len", _POINTER),
+        ("table", _POINTER),
+        ("table_width", _INT64),
+        ("rows", _INT64),
+    )
+
+
 class Kernels(ctypes.Structure):
     """struct Kernels of kernels.h. The functions check nothing."""
 
@@ -51,6 +75,7 @@ class Kernels(ctypes.Structure):
         ("has_bf16_dot", _INT32),
         ("has_int8_dot", _INT32),
         ("linear", ctypes.CFUNCTYPE(_INT32, _POINTER, _POINTER, _INT64, _POINTER, _INT64, _INT32)),
+        ("attention", ctypes.CFUNCTYPE(_INT32, *[_POINTER] * 5, *[_INT64] * 3, *[_POINTER] * 3, _INT32)),
     )
 
 

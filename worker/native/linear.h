@@ -6,7 +6,6 @@
 #pragma once
 
 #include <omp.h>
-#include <stdlib.h>
 
 #include "kernels.h"
 #include "simd.h"
@@ -126,19 +125,6 @@ struct Tiles {
     int64_t first(int64_t tile) const { return tile * size + (tile < larger ? tile : larger); }
     int rows(int64_t tile) const { return (int)(size + (tile < larger)); }
 };
-
-// Memory of the calling thread that lives on: fresh buffers are page-faulted in.
-char* scratch(size_t bytes) {
-    static thread_local char* buffer = nullptr;
-    static thread_local size_t size = 0;
-    if (bytes > size) {
-        free(buffer);
-        size = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
-        buffer = (char*)aligned_alloc(4096, size);
-        if (!buffer) size = 0;
-    }
-    return buffer;
-}
 
 struct Prepared {
     char* rows;     // tile by tile: [steps, elements, rows of the tile]
@@ -278,7 +264,7 @@ int32_t run(const Linear* linear, const T* x, int64_t x_stride, T* y, int64_t ro
     int64_t row_bytes = steps * W::elements * sizeof(typename W::X);
     Tiles tiles(rows);
     Prepared prepared;
-    prepared.rows = scratch(rows * (row_bytes + sizeof(float)));
+    prepared.rows = scratch<0>(rows * (row_bytes + sizeof(float)));
     if (!prepared.rows) return 1;
     prepared.scales = (float*)(prepared.rows + rows * row_bytes);
     int64_t block = BLOCK_BYTES / (TILE * row_bytes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX2__)
@@ -119,7 +120,7 @@ INLINE void put(bf16* to, float x) {
 
 // e^x for x <= 88: 2^n times a polynomial on [-ln2 / 2, ln2 / 2], relative error 2e-7; below -87 it is 0
 INLINE vf exp_of(vf x) {
-    vf clamped = x > -87.f ? x : splat(-87.f);
+    vf clamped = x < -87.f ? splat(-87.f) : x;
     vf n = clamped * 1.44269504f + 12582912.f;  // the addition rounds to an integer in the lowest bits
     vi exponent = (vi)n << 23;
     n -= 12582912.f;
@@ -132,7 +133,57 @@ INLINE vf exp_of(vf x) {
     p = fma(p, r, splat(5.00000012e-1f));
     p = fma(p, r * r, r + 1.f);
     vf result = (vf)((vi)p + exponent);
-    return x < -87.f ? vf{} : result;
+    return x < -87.f ? vf{} : x == x ? result : x;
+}
+
+INLINE float exp_of(float x) { return exp_of(splat(x))[0]; }
+
+// Which elements of two rows make up the new two when blocks of `width` elements change places.
+struct Exchange {
+    int32_t low[LANES], high[LANES];
+
+    constexpr explicit Exchange(int width) : low(), high() {
+        for (int i = 0; i < LANES; i++) {
+            low[i] = i & width ? LANES + i - width : i;
+            high[i] = i & width ? LANES + i : i + width;
+        }
+    }
+};
+
+template <int WIDTH> INLINE void exchange(vf (&rows)[LANES]) {
+    static constexpr Exchange chosen(WIDTH);
+    vi low = load_as<vi>(chosen.low), high = load_as<vi>(chosen.high);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        if (i & WIDTH) continue;
+        vf first = rows[i], second = rows[i + WIDTH];
+        rows[i] = __builtin_shuffle(first, second, low);
+        rows[i + WIDTH] = __builtin_shuffle(first, second, high);
+    }
+}
+
+// rows become columns
+INLINE void transpose(vf (&rows)[LANES]) {
+    exchange<1>(rows);
+    exchange<2>(rows);
+    if constexpr (LANES > 4) exchange<4>(rows);
+    if constexpr (LANES > 8) exchange<8>(rows);
+}
+
+// -- memory ----------------------------------------------------------------------------------------------
+
+// Memory of the calling thread that lives on, as fresh buffers are page-faulted in; null when there is none.
+// A call takes what the one before has given.
+template <int USE> char* scratch(size_t bytes) {
+    static thread_local char* buffer = nullptr;
+    static thread_local size_t size = 0;
+    if (bytes > size) {
+        free(buffer);
+        size = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
+        buffer = (char*)aligned_alloc(4096, size);
+        if (!buffer) size = 0;
+    }
+    return buffer;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from worker.attention.base import AttentionSpec
 from worker.layers.linear import StepArithmetic
 from worker.layers.quantized import QuantisedWeight
 from worker.platforms.memory_limits import MemoryInfo
@@ -19,8 +20,6 @@ Lookup = Callable[[Tensor], Tensor]  # int [T] -> [T, hidden]
 
 class Platform(Protocol):
     name: str
-    attention_backend: str  # row of worker/attention/registry.py
-    invariant_attention_backend: str  # the same for steps that must not depend on batch mates
     arithmetic: StepArithmetic  # of all layers this platform packs
 
     @property
@@ -43,6 +42,12 @@ class Platform(Protocol):
     def choose_kernels(self, dtype: torch.dtype) -> None:
         """Find out by measuring what computes best in `dtype`, before the first layer of it is packed."""
 
+    def attention_backend(self, spec: AttentionSpec) -> str:
+        """The row of worker/attention/registry.py that serves these shapes."""
+
+    def invariant_attention_backend(self, spec: AttentionSpec) -> str:
+        """The same for steps that must not depend on batch mates."""
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """weight: [out, in]; bias: [out]. Both may be kept: the caller must not change them any more."""
 
@@ -54,6 +59,10 @@ class Platform(Protocol):
 
     def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
         """As `pack_linear`; the layer takes and gives `dtype`."""
+
+    @property
+    def independent_rows(self) -> bool:
+        """Whether the linear layers made so far give a row the same bits in any batch, asked or not."""
 
     @property
     def wide_rows(self) -> int | None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from worker.attention.base import AttentionSpec
+from worker.attention.cpu_native import kernels_for
 from worker.cache_size import CPU_KV_SHARE
 from worker.layers.linear import (
     Float32Scratch,
@@ -46,8 +48,6 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 class CpuPlatform:
     name = "cpu"
-    attention_backend = "cpu_paged"
-    invariant_attention_backend = "cpu_invariant"
 
     def __init__(self) -> None:
         self._kernels: dict[torch.dtype, LinearKernels] = {}
@@ -85,6 +85,12 @@ class CpuPlatform:
     def choose_kernels(self, dtype: torch.dtype) -> None:
         if dtype not in self._kernels:
             self._kernels[dtype] = probe_linears(dtype)
+
+    def attention_backend(self, spec: AttentionSpec) -> str:
+        return "cpu_native" if kernels_for(spec) else "cpu_paged"
+
+    def invariant_attention_backend(self, spec: AttentionSpec) -> str:
+        return "cpu_native" if kernels_for(spec) else "cpu_invariant"
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return self._native_linear(weight, bias) or self._torch_linear(weight, bias)
@@ -138,6 +144,10 @@ class CpuPlatform:
         if kind not in self._row_sizes:
             self._row_sizes[kind] = equal_sizes(narrow, given.dense().to(dtype), given.bias)
         return InvariantLinear(fast, narrow, self._row_sizes[kind], self.arithmetic)
+
+    @property
+    def independent_rows(self) -> bool:
+        return all(chosen.native for chosen in self._kernels.values())
 
     @property
     def wide_rows(self) -> int | None:
