@@ -137,10 +137,8 @@ def observe(checkpoint: Checkpoint, texts: Sequence[list[int]]) -> Ranges:
     platform = CpuPlatform()
     dtype = platform.weight_dtype("auto", checkpoint.stored_dtype)
     longest = max(map(len, texts))
-    attention = make_attention(
-        platform.attention_backend,
-        AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype),
-    )
+    spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
+    attention = make_attention(platform.attention_backend(spec), spec)
     cache_shape = (1, longest, config.num_kv_heads, config.head_dim)
     k_cache, v_cache = torch.zeros(cache_shape, dtype=dtype), torch.zeros(cache_shape, dtype=dtype)
     rotary = RotaryTable(config.rope, config.head_dim, longest, dtype, platform.device)

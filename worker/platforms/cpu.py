@@ -147,7 +147,7 @@ class CpuPlatform:
 
     @property
     def independent_rows(self) -> bool:
-        return all(chosen.native for chosen in self._kernels.values())
+        return all(chosen.native for chosen in self._kernels.values()) and self._int8_scratch is None
 
     @property
     def wide_rows(self) -> int | None:
