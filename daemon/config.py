@@ -47,6 +47,7 @@ from engine.settings import (
     Listener,
     LogSettings,
     LoraSettings,
+    MixSettings,
     ModelSettings,
     ScheduleSettings,
     ServerSettings,
@@ -316,14 +317,15 @@ def _schedule(values: Values, report: Report) -> ScheduleSettings:
     max_input = values.integer(f"{DEPLOY}.maxInputTokenLen")
     prefill_tokens, batch = number("maxPrefillTokens"), number("maxBatchSize")
     recomputed = min(max_seq_len, max_input + number("maxIterTimes"))
-    if prefill_tokens < recomputed:
+    mix = _mix(values)
+    if prefill_tokens < recomputed and mix is None:
         prefill_tokens = adjusted(
             "maxPrefillTokens", recomputed, "so that a recomputed sequence fits one prefill"
         )
     if batch > prefill_tokens:
         batch = adjusted("maxBatchSize", prefill_tokens, "the number of tokens in a prefill step")
     prefill_batch = number("maxPrefillBatchSize")
-    if not 0 < prefill_batch <= batch:
+    if not 0 < prefill_batch <= batch or (mix and prefill_batch < batch):  # Mix knows no prefill batches
         prefill_batch = adjusted("maxPrefillBatchSize", batch, "the value of maxBatchSize")
     max_n = values.maybe_integer(f"{SCHEDULE}.maxN") or min(128, prefill_batch)
     if max_n > prefill_batch:  # all sequences of a request start in one prefill step
@@ -342,6 +344,25 @@ def _schedule(values: Values, report: Report) -> ScheduleSettings:
         truncation=_truncation(values.raw(f"{DEPLOY}.truncation")),
         prefix_cache=PREFIX_CACHE in values.raw(PLUGIN_PARAMS),
         guess_length=values.integer(GUESS_LENGTH),
+        mix=mix,
+    )
+
+
+def _mix(values: Values) -> MixSettings | None:
+    """None: templateType Standard."""
+
+    def number(key: str) -> int:
+        return values.integer(f"{SCHEDULE}.{key}")
+
+    if values.text(f"{SCHEDULE}.templateType") != "Mix":
+        return None
+    partial = number("maxNumPartialPrefills")
+    long_partial = values.maybe_integer(f"{SCHEDULE}.maxLongPartialPrefills")
+    return MixSettings(
+        chunk_size=number("prefillChunkSize"),
+        max_partial=partial,
+        long_threshold=number("longPrefillTokenThreshold"),
+        max_long_partial=min(8, partial) if long_partial is None else long_partial,
     )
 
 

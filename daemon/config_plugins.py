@@ -62,8 +62,6 @@ def read_plugins(values: Values, report: Report) -> None:
 def _plugins_usable(names: tuple[str, ...], given: object, report: Report) -> bool:
     usable = True
     for name in names:
-        if name == SPLITFUSE:
-            report.warn(f"{PLUGIN_PARAMS}: plugin {name} is not available in this build yet; running without")
         if name in _USABLE:
             continue
         usable = False

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from daemon.config_plugins import PLUGIN_PARAMS, read_plugins
+from daemon.config_plugins import PLUGIN_PARAMS, SPLITFUSE, read_plugins
 from daemon.config_report import Report, shown
 from daemon.config_schema import (
     BACKEND,
@@ -84,11 +84,9 @@ def _devices_per_instance(values: Values, report: Report) -> None:  # R2
 
 def _prefill_fits_prompt(values: Values, report: Report) -> None:  # R3
     tokens, prompt = values.integer(_PREFILL_TOKENS), values.integer(_MAX_INPUT)
-    if tokens < prompt:
-        hint = " (templateType=Mix does not lift this yet: no chunked prefill in this build)"
-        is_mix = values.has(_TEMPLATE) and values.text(_TEMPLATE) == "Mix"
-        wrong = f"smaller than {_MAX_INPUT}={prompt}" + (hint if is_mix else "")
-        report.refuse(_PREFILL_TOKENS, tokens, wrong, f"[{prompt}, 4194304]")
+    if tokens < prompt and values.text(_TEMPLATE) != "Mix":
+        wrong = f"smaller than {_MAX_INPUT}={prompt}"
+        report.refuse(_PREFILL_TOKENS, tokens, wrong, f"[{prompt}, 4194304], or any with templateType Mix")
 
 
 def _at_most_max_batch(key: str) -> Rule:  # R4, first half of R5, R6
@@ -158,7 +156,7 @@ def _experts_parallel(values: Values, report: Report) -> None:  # R8
 
 
 def _mix_and_splitfuse(values: Values, report: Report) -> None:  # R9
-    template, splitfuse = values.text(_TEMPLATE), "splitfuse" in values.raw(PLUGIN_PARAMS)
+    template, splitfuse = values.text(_TEMPLATE), SPLITFUSE in values.raw(PLUGIN_PARAMS)
     if template == "Mix" and not splitfuse:
         report.refuse(
             _TEMPLATE,
@@ -202,7 +200,7 @@ def _all_zero(key: str) -> Rule:  # R11
 
 
 def _splitfuse_company(values: Values, report: Report) -> None:  # R13
-    if "splitfuse" not in values.raw(PLUGIN_PARAMS):
+    if SPLITFUSE not in values.raw(PLUGIN_PARAMS):
         return
     stage, dynamic = f"{SCHEDULE}.stageSelectPolicy", f"{SCHEDULE}.dynamicBatchSizeEnable"
     if values.integer(stage) == 2:
@@ -223,6 +221,8 @@ def _partial_prefills(values: Values, report: Report) -> None:  # R15
 def _chunk_fits(values: Values, report: Report) -> None:  # R15
     path = f"{SCHEDULE}.prefillChunkSize"
     value, limit = values.integer(path), values.integer(_PREFILL_TOKENS)
+    if value and values.text(_TEMPLATE) != "Mix":
+        report.warn(f"{path}={value}: without effect unless templateType is Mix")
     if value > limit:
         report.refuse(path, value, f"larger than {_PREFILL_TOKENS}={limit}", f"[1, {limit}], or 0")
 
@@ -254,7 +254,7 @@ def _block_size(values: Values, report: Report) -> None:
 RULES: tuple[Rule, ...] = (
     Rule((_DEVICES, f"{BACKEND}.modelInstanceNumber"), _device_lists),
     Rule((_DEVICES, _WORLD, _MULTI_NODE), _devices_per_instance),
-    Rule((_PREFILL_TOKENS, _MAX_INPUT), _prefill_fits_prompt),
+    Rule((_PREFILL_TOKENS, _MAX_INPUT, _TEMPLATE), _prefill_fits_prompt),
     _at_most_max_batch("maxPrefillBatchSize"),
     _at_most_max_batch("maxPreemptCount"),
     _at_most_max_batch("maxN"),
@@ -272,7 +272,7 @@ RULES: tuple[Rule, ...] = (
         _splitfuse_company,
     ),
     Rule((f"{SCHEDULE}.maxLongPartialPrefills", f"{SCHEDULE}.maxNumPartialPrefills"), _partial_prefills),
-    Rule((f"{SCHEDULE}.prefillChunkSize", _PREFILL_TOKENS), _chunk_fits),
+    Rule((f"{SCHEDULE}.prefillChunkSize", _PREFILL_TOKENS, _TEMPLATE), _chunk_fits),
     Rule(
         tuple(
             f"{SERVER}.{key}"
@@ -335,12 +335,10 @@ WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (f"{MODEL}.backendType", ("atb", "torch"), "ignored, the PyTorch engine is used"),
     (f"{MODEL}.modelInstanceType", ("Standard", "StandardMock"), "treated as Standard"),
     (f"{MODEL}.trustRemoteCode", (False,), "security: this would let code from the weight directory run"),
-    (f"{SCHEDULE}.templateType", ("Standard",), _LATER),
     (f"{SCHEDULE}.supportSelectBatch", (False,), _LATER),
     (f"{SCHEDULE}.stageSelectPolicy", (0,), _LATER),
     (f"{SCHEDULE}.dynamicBatchSizeEnable", (False,), _LATER),
     (f"{SCHEDULE}.maxPreemptCount", (0,), "swapping is not available in this build yet; recomputing instead"),
     (f"{SCHEDULE}.policyType", (0,), "without effect, ignored"),
     (f"{SCHEDULE}.bufferResponseEnabled", (False,), "without effect, ignored"),
-    (f"{SCHEDULE}.prefillChunkSize", (0,), _LATER),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.plan import StepPlan
+from engine.sequence import Sequence
 
 NO_TOKEN = -1  # the row's logits are no numbers
 NO_CONTINUATION = -2  # the grammar of the answer has no legal token, or is too complex to tell
@@ -50,6 +52,7 @@ class Sampled:
     top_logprobs: NDArray[np.float32] | None = None  # [S, K]
     beams: Mapping[int, Continuations] = field(default_factory=dict)  # by sample; others continue by top_*
     prompts: Mapping[int, PromptScores] = field(default_factory=dict)  # by request, with its first prefill
+    failed: Seq[Sequence] = ()  # of the plan; nothing is sampled from them, and they could not be computed
 
 
 class Executor(Protocol):

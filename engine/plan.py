@@ -16,7 +16,8 @@ Int32Array = NDArray[np.int32]
 
 class StepKind(IntEnum):
     PREFILL = 1
-    DECODE = 2
+    DECODE = 2  # of each row its newest token
+    MIXED = 3  # rows of both kinds, those of one token first
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class StepPlan:
     The query tokens of row r are `input_ids[query_start[r]:query_start[r + 1]]`; they are the last tokens
     of a context of `context_len[r]` tokens, so position = context_len - query length + offset.
     Tokens are sampled from the last query token of a row: usually one per row, several for a prompt whose
-    answer has several branches.
+    answer has several branches, none where further tokens of the prompt are still to come.
     """
 
     kind: StepKind
@@ -49,6 +50,16 @@ class StepPlan:
     def num_rows(self) -> int:
         return len(self.context_len)
 
+    def owed_scores(self, row: int) -> range:
+        """Places of the tokens of a prompt that this row can judge, and that nobody has been told of."""
+        seq = self.sequences[row]
+        if not seq.owes_prompt_scores:
+            return range(0)
+        end = int(self.context_len[row])
+        start = end - int(self.query_start[row + 1] - self.query_start[row])
+        # each position foretells the next token; the last one of the prompt what is sampled
+        return range(max(start, seq.num_told) + 1, min(end + 1, seq.num_prompt))
+
 
 def build_plan(
     kind: StepKind,
@@ -58,10 +69,15 @@ def build_plan(
     samples: Seq[Sequence] | None = None,
     sample_rows: Int32Array | None = None,
     copies: Seq[tuple[int, int]] = (),
+    ends: Seq[int] | None = None,
 ) -> StepPlan:
-    """Lay the uncomputed tokens of `sequences` out for one step; their blocks are already allocated."""
+    """Lay the uncomputed tokens of `sequences` out for one step; their blocks are already allocated.
+
+    `ends`: how many tokens of each are computed by the end of the step; None: all.
+    """
     rows = len(sequences)
-    context_len = np.fromiter((seq.num_tokens for seq in sequences), np.int32, rows)
+    ends = [seq.num_tokens for seq in sequences] if ends is None else ends
+    context_len = np.array(ends, np.int32)
     computed = np.fromiter((seq.num_computed for seq in sequences), np.int32, rows)
     query_start = np.zeros(rows + 1, np.int32)
     np.cumsum(context_len - computed, out=query_start[1:])
@@ -75,10 +91,11 @@ def build_plan(
         input_ids = np.fromiter((seq.tokens[seq.num_computed] for seq in sequences), np.int32, rows)
         row_of_token: NDArray[np.intp] = np.arange(rows)
     else:
-        input_ids = np.concatenate([seq.tokens[seq.num_computed : seq.num_tokens] for seq in sequences])
-        positions = np.concatenate(
-            [np.arange(seq.num_computed, seq.num_tokens, dtype=np.int32) for seq in sequences]
+        bounds = [(seq.num_computed, end) for seq, end in zip(sequences, ends, strict=True)]
+        input_ids = np.concatenate(
+            [seq.tokens[start:end] for seq, (start, end) in zip(sequences, bounds, strict=True)]
         )
+        positions = np.concatenate([np.arange(start, end, dtype=np.int32) for start, end in bounds])
         row_of_token = np.repeat(np.arange(rows), context_len - computed)
     slots = block_table[row_of_token, positions // block_size] * block_size + positions % block_size
     return StepPlan(

@@ -8,17 +8,16 @@ from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
-import numpy as np
-
 from engine.beam import BeamSearch, Candidate, History
 from engine.block_manager import BlockManager
+from engine.draft import Draft
 from engine.errors import EngineFailed, GenerationRefused, GrammarFailed, ServerError
 from engine.executor import NO_CONTINUATION, NOT_YET, PromptScores, Sampled
 from engine.group_blocks import allocate, can_ever_hold, needs
 from engine.logs import REQUESTS, TOKENS
 from engine.logs.codes import FIRST_TOKEN_LATE, code
 from engine.outcome import FinishCode, Outcome
-from engine.plan import StepKind, StepPlan, build_plan
+from engine.plan import StepKind, StepPlan
 from engine.sequence import GroupStatus, Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
 
@@ -56,9 +55,8 @@ class Scheduler:
     def add(self, group: SequenceGroup) -> None:
         """Take a request in. One that can never be served is refused by the next `take_refused`."""
         num_prompt = group.sequences[0].num_prompt
-        limit = min(self.limits.max_prefill_tokens, self.limits.max_seq_len - 1)
-        widest = min(self.limits.max_prefill_batch_size, self.limits.max_batch_size)
-        fits = num_prompt <= limit and len(group.sequences) <= widest
+        longest, widest = self._largest_request()
+        fits = num_prompt <= longest and len(group.sequences) <= widest
         if not fits or not can_ever_hold(self.blocks, group):
             self.refuse(group, GenerationRefused)
             return
@@ -73,6 +71,12 @@ class Scheduler:
             group.beam_search = BeamSearch(len(group.sequences), min(group.params.max_tokens, room), ends)
         self._by_id[group.request_id] = group
         insort(self.waiting, group, key=_rank)
+
+    def _largest_request(self) -> tuple[int, int]:
+        """Tokens of a prompt, and branches: both have to fit one prefill."""
+        limits = self.limits
+        tokens = min(limits.max_prefill_tokens, limits.max_seq_len - 1)
+        return tokens, min(limits.max_prefill_batch_size, limits.max_batch_size)
 
     def refuse(self, group: SequenceGroup, error: type[ServerError]) -> None:
         """End a group that is in neither queue; the next `take_refused` tells of it."""
@@ -92,6 +96,9 @@ class Scheduler:
         if not group.live:
             (self.waiting if group.status is GroupStatus.WAITING else self.running).remove(group)
             self._finish(group)
+        elif group.prefilling:  # others may have counted on the blocks that are gone
+            self.running.remove(group)
+            self._send_back(group)
         return True
 
     def abort_all(self) -> int:
@@ -129,14 +136,15 @@ class Scheduler:
         outcomes = [
             row for request_id, scores in sampled.prompts.items() for row in _prompt(request_id, scores)
         ]
-        waits = {
-            group.request_id: int((self._step_started - group.enqueued) * 1e6) for group in self._step_groups
-        }
-        for request_id in sampled.prompts:
+        for group in self._step_groups:
+            group.waited += self._step_started - group.enqueued
+        for request_id, scores in sampled.prompts.items():
             for seq in self._by_id[request_id].sequences:
-                seq.prompt_told = True
-        for seq in plan.sequences:
-            seq.num_computed = seq.num_tokens
+                seq.num_told += len(scores.tokens)
+        for seq, computed in zip(plan.sequences, plan.context_len.tolist(), strict=True):
+            seq.num_computed = computed
+        for seq in sampled.failed:
+            outcomes += self._fail(self._by_id[seq.request_id])
         beams: dict[int, list[int]] = {}  # request -> its samples
         tokens = sampled.tokens.tolist()
         for index, seq in enumerate(plan.samples):
@@ -146,9 +154,11 @@ class Scheduler:
             elif group.beam_search is not None and tokens[index] >= 0:
                 beams.setdefault(seq.request_id, []).append(index)
             else:
-                outcomes.append(self._commit_sample(group, seq, sampled, index, waits[seq.request_id]))
+                outcomes.append(self._commit_sample(group, seq, sampled, index))
         for request_id, indices in beams.items():
-            outcomes += self._commit_beams(plan, sampled, indices, self._by_id[request_id], waits[request_id])
+            outcomes += self._commit_beams(plan, sampled, indices, self._by_id[request_id])
+        for seq in plan.samples:
+            self._by_id[seq.request_id].waited = 0.0
         for seq in plan.sequences:  # not sooner: a sample that is held back takes a token back
             self.blocks.publish(seq)
         for group in self._step_groups:
@@ -159,10 +169,8 @@ class Scheduler:
             token_log.debug("%s", _told_step(plan))
         return outcomes
 
-    def _commit_sample(
-        self, group: SequenceGroup, seq: Sequence, sampled: Sampled, index: int, wait_us: int
-    ) -> Outcome:
-        token = int(sampled.tokens[index])
+    def _commit_sample(self, group: SequenceGroup, seq: Sequence, sampled: Sampled, index: int) -> Outcome:
+        token, wait_us = int(sampled.tokens[index]), _wait_us(group)
         if token < 0:
             seq.ended = True
             error = GrammarFailed if token == NO_CONTINUATION else EngineFailed
@@ -188,6 +196,17 @@ class Scheduler:
             cached_tokens=group.num_cached,
         )
 
+    @staticmethod
+    def _fail(group: SequenceGroup) -> list[Outcome]:
+        """End a group of which something could not be computed."""
+        live = group.live
+        for seq in live:
+            seq.ended = True
+        return [
+            Outcome(seq.request_id, seq.branch, -1, FinishCode.ERROR, EngineFailed, _wait_us(group))
+            for seq in live
+        ]
+
     def _hold_back(self, group: SequenceGroup, seq: Sequence) -> None:
         """Leave a sample as it was; its newest token is computed again by the next step."""
         if not seq.block_table:
@@ -195,7 +214,7 @@ class Scheduler:
         seq.num_computed = seq.num_tokens - 1
 
     def _commit_beams(
-        self, plan: StepPlan, sampled: Sampled, indices: list[int], group: SequenceGroup, wait_us: int
+        self, plan: StepPlan, sampled: Sampled, indices: list[int], group: SequenceGroup
     ) -> list[Outcome]:
         """Advance a beam search; its rows come all at once, when it is done."""
         search = group.beam_search
@@ -228,7 +247,7 @@ class Scheduler:
                 step.token,
                 self._beam_finish(group, step.token) if step is answer.steps[-1] else FinishCode.NONE,
                 None,
-                wait_us,
+                _wait_us(group),
                 step.logprob,
                 step.top,
                 preemptions=group.num_preemptions,
@@ -253,38 +272,26 @@ class Scheduler:
 
     def check(self) -> None:
         """Prove the invariants that must hold between steps. Raises EngineBug."""
-        self.blocks.check(seq for group in self.running for seq in group.live)
+        self.blocks.check(seq for group in self.running for seq in group.sequences)
         for group in self.running:
             assert group.status is GroupStatus.RUNNING and group.live, group
-            assert all(seq.num_computed == seq.num_tokens - 1 for seq in group.live), group
+            ready = all(seq.num_computed == seq.num_tokens - 1 for seq in group.live)
+            assert ready or group.prefilling, group
         for group in self.waiting:
             assert group.status is GroupStatus.WAITING and group.live, group
             assert not any(seq.block_table or seq.num_computed for seq in group.sequences), group
+            assert not group.prefilling, group
         assert len(self._by_id) == len(self.waiting) + len(self.running)
 
     def _plan(self, kind: StepKind, groups: list[SequenceGroup]) -> StepPlan:
         self._step_groups = groups
-        rows: list[Sequence] = []
-        samples: list[Sequence] = []
-        sample_rows: list[int] = []
+        draft = Draft()
         for group in groups:
-            live = group.live
             if group.has_output or kind is StepKind.DECODE:  # without output, it was held back
-                sample_rows.extend(range(len(rows), len(rows) + len(live)))
-                rows.extend(live)
-            else:  # all branches draw from the one prompt
-                sample_rows.extend([len(rows)] * len(live))
-                rows.append(group.sequences[0])
-            samples.extend(live)
-        same = len(samples) == len(rows) and samples == rows
-        return build_plan(
-            kind,
-            rows,
-            self.blocks.block_size,
-            samples=rows if same else samples,
-            sample_rows=None if same else np.array(sample_rows, np.int32),
-            copies=self.blocks.take_copies(),
-        )
+                draft.continue_all(group)
+            else:
+                draft.begin(group)
+        return draft.plan(kind, self.blocks)
 
     # -- prefill ------------------------------------------------------------------------------------
 
@@ -343,9 +350,9 @@ class Scheduler:
             self.num_prefix_hits += group.num_cached
 
     def _start(self, batch: list[SequenceGroup]) -> list[SequenceGroup]:
-        """Move the batch, which has its blocks, from the head of `waiting` to `running`."""
-        del self.waiting[: len(batch)]
+        """Move the batch, which has its blocks, from `waiting` to `running`."""
         for group in batch:
+            self.waiting.remove(group)
             group.move(GroupStatus.RUNNING)
             insort(self.running, group, key=_rank)
         return batch
@@ -379,8 +386,9 @@ class Scheduler:
         """
         batch: list[SequenceGroup] = []
         width = 0
-        while len(batch) < len(self.running):
-            group = self.running[len(batch)]
+        for group in [group for group in self.running if not group.prefilling]:
+            if group.status is not GroupStatus.RUNNING:
+                continue  # it has given way to one before it
             if batch and width + len(group.live) > self.limits.max_batch_size:
                 break
             while not all(self.blocks.grow(seq) for seq in group.live):
@@ -409,20 +417,25 @@ class Scheduler:
 
     def _preempt(self, group: SequenceGroup) -> None:
         """Send a group (already out of `running`) back to be prefilled again with its output so far."""
-        for seq in group.sequences:
-            self.blocks.release(seq)
-            seq.num_computed = 0
         self.num_preemptions += 1
         group.num_preemptions += 1
         if not can_ever_hold(self.blocks, group):
             self.refuse(group, GenerationRefused)
             return
-        group.move(GroupStatus.WAITING)
-        insort(self.waiting, group, key=_rank)
+        self._send_back(group)
         request_log.info(
             "request %d preempted, the %d. time: %d tokens have to be computed again",
             group.request_id, group.num_preemptions, needs(self.blocks, group).tokens,
         )  # fmt: skip
+
+    def _send_back(self, group: SequenceGroup) -> None:
+        """From `running`, which it has left, to its place in `waiting`, with nothing computed."""
+        for seq in group.sequences:
+            self.blocks.release(seq)
+            seq.num_computed = 0
+        group.prefilling = False
+        group.move(GroupStatus.WAITING)
+        insort(self.waiting, group, key=_rank)
 
     # -- endings ------------------------------------------------------------------------------------
 
@@ -444,7 +457,8 @@ class Scheduler:
         """Free what ended sequences hold, and take groups without live ones out."""
         for group in self._step_groups:
             for seq in group.sequences:
-                if seq.ended and seq.block_table:
+                # an ended branch may still be the one that the prompt is computed in
+                if seq.ended and seq.block_table and not group.prefilling:
                     self.blocks.release(seq)
             if not group.live:
                 self._finish(group)
@@ -459,6 +473,10 @@ class Scheduler:
 
 def _rank(group: SequenceGroup) -> tuple[float, int]:
     return group.rank, group.request_id
+
+
+def _wait_us(group: SequenceGroup) -> int:
+    return int(group.waited * 1e6)
 
 
 def _told_step(plan: StepPlan) -> str:

@@ -27,9 +27,22 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_digests", "block_table", "branch", "cache_salt", "cumulative_logprob", "ended", "num_computed",
-        "num_prompt", "num_published", "num_tokens", "params", "progress", "prompt_told", "request_id",
-        "seed", "tokens",
+        "block_digests",
+        "block_table",
+        "branch",
+        "cache_salt",
+        "cumulative_logprob",
+        "ended",
+        "num_computed",
+        "num_prompt",
+        "num_published",
+        "num_tokens",
+        "num_told",
+        "params",
+        "progress",
+        "request_id",
+        "seed",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -62,7 +75,9 @@ class Sequence:
         self.cumulative_logprob = 0.0  # of the output; kept for beams only
         self.ended = False
         self.progress: object = None  # the sampler's: how far it has come in its grammar
-        self.prompt_told = False  # what the model thinks of the prompt is out already
+        self.num_told = (
+            0  # tokens of the prompt, after its first, that what the model thinks of is out already
+        )
 
     @property
     def num_output(self) -> int:
@@ -78,8 +93,8 @@ class Sequence:
 
     @property
     def owes_prompt_scores(self) -> bool:
-        """Whether its next prefill is to tell what the model thinks of the prompt: once in a request."""
-        return self.params.prompt_logprobs >= 0 and not self.prompt_told and self.num_prompt > 1
+        """Whether its prefill is still to tell what the model thinks of the prompt: once in a request."""
+        return self.params.prompt_logprobs >= 0 and self.num_told < self.num_prompt - 1
 
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token
@@ -110,7 +125,7 @@ class SequenceGroup:
 
     __slots__ = (
         "_status", "arrival", "beam_search", "enqueued", "num_cached", "num_preemptions", "params",
-        "priority", "rank", "request_id", "sequences", "stop_token_ids",
+        "prefilling", "priority", "rank", "request_id", "sequences", "stop_token_ids", "waited",
     )  # fmt: skip
 
     def __init__(
@@ -138,6 +153,8 @@ class SequenceGroup:
         self.beam_search: BeamSearch | None = None  # the scheduler sets it
         self.arrival = now
         self.enqueued = now  # when the group last began to wait for a step
+        self.waited = 0.0  # seconds between steps since it was last told a token, without those since then
+        self.prefilling = False  # running, and its prompt (or output so far) comes in pieces
         self.rank = now  # place in the queues, smallest first; the scheduler sets it
         self.num_preemptions = 0
         self.num_cached = 0  # tokens of the prompt that its first prefill found in the prefix cache
@@ -167,7 +184,7 @@ class SequenceGroup:
                 start += count
         if outputs:
             for seq in self.sequences:
-                seq.prompt_told = True
+                seq.num_told = seq.num_prompt - 1
 
     @property
     def is_probe(self) -> bool:

@@ -77,6 +77,16 @@ class EndpointSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class MixSettings:
+    """templateType Mix: prompts are computed in pieces beside what decodes."""
+
+    chunk_size: int  # tokens of a prompt per step; 0: as many as the decoding rows can bear
+    max_partial: int  # prompts that are partly computed at once
+    long_threshold: int  # tokens from which on a prompt is a long one
+    max_long_partial: int  # long ones among `max_partial`
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduleSettings:
     """Limits of the scheduler after the silent adjustments of config.md section 8."""
 
@@ -93,6 +103,7 @@ class ScheduleSettings:
     truncation: Literal["off", "keep_head", "keep_tail"]
     prefix_cache: bool = False  # prompts reuse the blocks of earlier ones that begin alike
     guess_length: int = 0  # tokens of a sequence that speculative decoding guesses per step; 0: none
+    mix: MixSettings | None = None  # None: a step computes prompts or decodes
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from engine.plan import Int32Array, StepKind, StepPlan
 class Batch:
     """R rows and T query tokens.
 
-    When every row has one query token, rows are ordered by falling context length, so that attention can
-    take rows of similar length together; `last_tokens` undoes it. Lengths and tables stay on the host: nobody
-    may ask a device for them.
+    Rows of one query token come first, ordered by falling context length, so that attention can take rows of
+    similar length together; `last_tokens` undoes it. Lengths and tables stay on the host: nobody may ask a
+    device for them.
     """
 
     input_ids: Tensor  # int32 [T]
@@ -29,37 +29,47 @@ class Batch:
     query_start: Int32Array  # [R + 1]
     context_len: Int32Array  # [R]
     block_table: Int32Array  # [R, B]
-    one_token_per_row: bool
+    num_single: int  # rows of one query token
     order: NDArray[np.intp] | None = None  # [R] the plan row of each row; None: they are the plan's
 
 
 def make_batch(plan: StepPlan, device: torch.device) -> Batch:
-    rows = plan.num_rows
-    one_token_per_row = plan.num_tokens == rows
-    order = None
-    if one_token_per_row and (np.diff(plan.context_len) > 0).any():
-        order = np.argsort(-plan.context_len, kind="stable")
-        last_tokens = np.empty(rows, np.int32)
-        last_tokens[order] = np.arange(rows, dtype=np.int32)
-        per_token = [plan.input_ids[order], plan.positions[order], plan.slot_mapping[order], last_tokens]
-        context_len, block_table = plan.context_len[order], plan.block_table[order]
-    else:
-        per_token = [plan.input_ids, plan.positions, plan.slot_mapping, plan.query_start[1:] - 1]
-        context_len, block_table = plan.context_len, plan.block_table
-    tokens = plan.num_tokens
-    packed = torch.from_numpy(np.concatenate(per_token)).to(device, non_blocking=True)
-    in_place = one_token_per_row and context_len is plan.context_len
+    lengths = np.diff(plan.query_start)
+    order = _order(plan, lengths)
+    per_token = [plan.input_ids, plan.positions, plan.slot_mapping]
+    context_len, block_table, query_start = plan.context_len, plan.block_table, plan.query_start
+    last_tokens = query_start[1:] - 1
+    if order is not None:
+        query_start = np.zeros_like(plan.query_start)
+        np.cumsum(lengths[order], out=query_start[1:])
+        last_tokens = np.empty_like(last_tokens)
+        last_tokens[order] = query_start[1:] - 1
+        tokens = np.repeat(plan.query_start[:-1][order] - query_start[:-1], lengths[order])
+        tokens += np.arange(plan.num_tokens, dtype=np.int32)
+        per_token = [values[tokens] for values in per_token]
+        context_len, block_table = context_len[order], block_table[order]
+    count = plan.num_tokens
+    packed = torch.from_numpy(np.concatenate([*per_token, last_tokens])).to(device, non_blocking=True)
+    in_place = order is None and count == plan.num_rows
     return Batch(
-        input_ids=packed[:tokens],
-        positions=packed[tokens : 2 * tokens],
-        slots=packed[2 * tokens : 3 * tokens].long(),
-        last_tokens=None if in_place else packed[3 * tokens :],
-        query_start=plan.query_start,
+        input_ids=packed[:count],
+        positions=packed[count : 2 * count],
+        slots=packed[2 * count : 3 * count].long(),
+        last_tokens=None if in_place else packed[3 * count :],
+        query_start=query_start,
         context_len=context_len,
         block_table=block_table,
-        one_token_per_row=one_token_per_row,
+        num_single=int((lengths == 1).sum()),
         order=order,
     )
+
+
+def _order(plan: StepPlan, lengths: Int32Array) -> NDArray[np.intp] | None:
+    """The plan's rows as a batch has them; None: as they are."""
+    keys = np.where(lengths == 1, -plan.context_len, 1)
+    if (np.diff(keys) >= 0).all():
+        return None
+    return np.argsort(keys, kind="stable")
 
 
 def split_plan(plan: StepPlan, wide_rows: int | None) -> list[StepPlan]:
@@ -90,14 +100,14 @@ def split_plan(plan: StepPlan, wide_rows: int | None) -> list[StepPlan]:
 def split_by_arithmetic(plan: StepPlan, *, all_invariant: bool = False) -> list[tuple[StepPlan, bool]]:
     """The plan in pieces of consecutive rows, and whether each is computed in the batch-invariant way.
 
-    Prompts are cut where reproducible ones meet others, which have faster ways. A decode step stays whole:
-    most of its time goes into reading the weights, and two pieces would read them twice. `all_invariant`:
-    every row is to be reproducible.
+    Prompts are cut where reproducible ones meet others, which have faster ways. A step that decodes stays
+    whole: most of its time goes into reading the weights, and two pieces would read them twice.
+    `all_invariant`: every row is to be reproducible.
     """
     if all_invariant:
         return [(plan, True)]
     wanted = [sequence.params.reproducible for sequence in plan.sequences]
-    if plan.kind is StepKind.DECODE or all(wanted) or not any(wanted):
+    if plan.kind is not StepKind.PREFILL or all(wanted) or not any(wanted):
         return [(plan, any(wanted))]
     bounds = [0, *(row for row in range(1, len(wanted)) if wanted[row] != wanted[row - 1]), len(wanted)]
     return [(_rows_of(plan, first, last), wanted[first]) for first, last in pairwise(bounds)]

@@ -21,8 +21,8 @@ from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.errors import EXIT_INIT, StartupError
 from engine.executor import PromptScores, Sampled
+from engine.mix import make_scheduler
 from engine.plan import StepPlan
-from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.settings import ModelSettings, ScheduleSettings
 from engine.wire.messages import EngineReady, Ready
@@ -55,9 +55,11 @@ class EchoExecutor:
         echoes = (seq.tokens[seq.num_output % seq.num_prompt] for seq in plan.samples)
         tokens = np.fromiter(echoes, np.int32, len(plan.samples))
         prompts = {
-            seq.request_id: self._prompt_scores(seq) for seq in plan.sequences if seq.owes_prompt_scores
+            seq.request_id: self._prompt_scores(seq, owed)
+            for row, seq in enumerate(plan.sequences)
+            if (owed := plan.owed_scores(row))
         }
-        most = max(seq.params.num_top(self.num_eos) for seq in plan.samples)
+        most = max((seq.params.num_top(self.num_eos) for seq in plan.samples), default=-1)
         if most < 0:
             return Sampled(tokens, prompts=prompts)
         certain = np.zeros(len(tokens), np.float32)
@@ -74,8 +76,8 @@ class EchoExecutor:
         ids = (tokens[:, None] + np.arange(1, count + 1, dtype=np.int32)) % np.int32(self.vocab_size)
         return ids, np.full(ids.shape, _OTHERS, np.float32)
 
-    def _prompt_scores(self, seq: Sequence) -> PromptScores:
-        tokens = seq.prompt_ids[1:]
+    def _prompt_scores(self, seq: Sequence, owed: range) -> PromptScores:
+        tokens = seq.tokens[owed.start : owed.stop]
         others = self._others(tokens, seq.params.prompt_logprobs)
         return PromptScores(tokens, np.zeros(len(tokens), np.float32), np.ones_like(tokens), *others)
 
@@ -102,7 +104,7 @@ def run_mock_worker(given: WorkerContext) -> NoReturn:
     blocks = BlockManager(num_blocks, schedule.block_size, prefix_cache=schedule.prefix_cache)
     core = EngineCore(
         given.wire.instance,
-        Scheduler(schedule, blocks, eos),
+        make_scheduler(schedule, blocks, eos),
         EchoExecutor(vocab_size, len(eos)),
         open_link(given, greeting),
         watched(given),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.executor import PromptScores
 from engine.plan import StepKind, StepPlan
+from worker.batch import Batch
 
 # Logits of a whole prompt would take gigabytes. Fewer than any platform's `wide_rows`, so that they are
 # computed like those of a decode step.
@@ -27,19 +28,23 @@ class PromptLogprobs:
     @staticmethod
     def of(plan: StepPlan) -> PromptLogprobs | None:
         """None when the step owes nobody any."""
-        if plan.kind is StepKind.DECODE or not any(seq.owes_prompt_scores for seq in plan.sequences):
+        if plan.kind is StepKind.DECODE or not any(map(plan.owed_scores, range(plan.num_rows))):
             return None
         return PromptLogprobs()
 
-    def add(self, piece: StepPlan, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
-        """hidden: [T, hidden], one row per query token of `piece`; `logits` makes [n, vocab] of n of them."""
+    def add(self, piece: StepPlan, batch: Batch, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
+        """hidden: [T, hidden], one row per query token of `batch`, which is made of `piece`.
+
+        `logits` makes [n, vocab] of n of them.
+        """
         for row, seq in enumerate(piece.sequences):
-            if not seq.owes_prompt_scores:
+            owed = piece.owed_scores(row)
+            if not owed:
                 continue
-            start, end = int(piece.query_start[row]), int(piece.query_start[row + 1])
-            before = seq.num_tokens - (end - start)  # tokens of the prompt in the cache already
-            # each position foretells the next token; the last one of the prompt what is sampled
-            actual = torch.from_numpy(seq.tokens[before + 1 : seq.num_prompt]).long().to(hidden.device)
+            place = row if batch.order is None else int(np.flatnonzero(batch.order == row)[0])
+            first = int(batch.context_len[place] - np.diff(batch.query_start)[place])  # position in its text
+            start = int(batch.query_start[place]) + owed.start - 1 - first
+            actual = torch.from_numpy(seq.tokens[owed.start : owed.stop]).long().to(hidden.device)
             states = hidden[start : start + len(actual)]
             pieces = [
                 _score(logits(own), tokens, seq.params.prompt_logprobs)

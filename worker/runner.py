@@ -187,6 +187,8 @@ class ModelRunner:
     def forward(self, plan: StepPlan, prompts: PromptLogprobs | None = None) -> Tensor:
         """Logits of each row's last query token, [R, vocab] in the model's dtype, in the plan's order.
 
+        [R, 0] where nothing is sampled.
+
         `prompts`: where the scores of prompt tokens go.
 
         Logits and cache of a row that is to be reproducible are the same bits in every step that computes
@@ -210,7 +212,9 @@ class ModelRunner:
         self.adapters.begin_step(plan, batch)
         hidden = self._model.forward(batch, attention, self._cache)
         if prompts is not None:
-            prompts.add(plan, hidden, self._model.logits)
+            prompts.add(plan, batch, hidden, self._model.logits)
+        if not plan.samples:  # reading the vocabulary head takes longer than many a layer
+            return hidden.new_zeros(plan.num_rows, 0)
         if batch.last_tokens is not None:
             hidden = hidden.index_select(0, batch.last_tokens)
         return self._model.logits(hidden)

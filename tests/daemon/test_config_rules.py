@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.settings import MixSettings
 from tests.daemon.config_home import Home
 
 
@@ -44,14 +45,20 @@ def test_r3_prefill_step_holds_the_longest_prompt(home: Home) -> None:
     home.schedule["maxPrefillTokens"] = 1024
     assert home.only_finding() == (
         "[config] BackendConfig.ScheduleConfig.maxPrefillTokens=1024: smaller than "
-        "BackendConfig.ModelDeployConfig.maxInputTokenLen=2048; allowed: [2048, 4194304]"
+        "BackendConfig.ModelDeployConfig.maxInputTokenLen=2048; allowed: [2048, 4194304], or any with "
+        "templateType Mix"
     )
 
 
-def test_r3_holds_for_mix_while_it_runs_without_chunks(home: Home) -> None:
-    home.schedule.update(maxPrefillTokens=1024, templateType="Mix")
-    home.model["plugin_params"] = json.dumps({"plugin_type": "splitfuse"})
-    assert "no chunked prefill in this build" in home.only_finding()
+def test_mix_lifts_r3_and_keeps_the_step_as_it_is(home: Home) -> None:
+    home.schedule.update(maxPrefillTokens=512, templateType="Mix", maxNumPartialPrefills=4)
+    home.model["plugin_params"] = json.dumps({"plugin_type": "prefix_cache, splitfuse"})
+    settings = home.load().schedule
+    assert settings.max_prefill_tokens == 512 and settings.prefix_cache
+    assert settings.mix == MixSettings(chunk_size=0, max_partial=4, long_threshold=1024, max_long_partial=4)
+    home.schedule.update(prefillChunkSize=64, maxLongPartialPrefills=2, longPrefillTokenThreshold=100)
+    assert home.load().schedule.mix == MixSettings(64, 4, 100, 2)
+    assert not [warning for warning in home.load().warnings if "not available" in warning]
 
 
 @pytest.mark.parametrize("key", ["maxPrefillBatchSize", "maxPreemptCount", "maxN"])
@@ -154,6 +161,8 @@ def test_r15_partial_prefills(home: Home) -> None:
 
 
 def test_r15_chunk_fits_prefill_step(home: Home) -> None:
+    home.schedule["prefillChunkSize"] = 512
+    assert "unless templateType is Mix" in home.warning("prefillChunkSize=512")
     home.schedule["prefillChunkSize"] = 8193
     assert "prefillChunkSize=8193" in home.only_finding()
 
@@ -282,7 +291,6 @@ def test_tensor_parallelism_is_refused(home: Home) -> None:
         ("schedule", {"stageSelectPolicy": 2}),
         ("schedule", {"supportSelectBatch": True}),
         ("schedule", {"dynamicBatchSizeEnable": True}),
-        ("schedule", {"prefillChunkSize": 512}),
         ("server", {"openAiSupport": "openai"}),
     ],
 )

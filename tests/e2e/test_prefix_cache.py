@@ -1,4 +1,4 @@
-"""plugin_type prefix_cache on the running daemon: equal answers, reported hits, nothing across keys."""
+"""prefix_cache and splitfuse on the running daemon: equal answers, reported hits, nothing across keys."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ BLOCK = 16
 KEYS = ("key-of-alice", "key-of-bob")
 # what many requests have in common, and each its own end
 PREFIX = [id % 200 + 5 for id in range(0, 7 * 130, 7)]
-PROMPTS = [[*PREFIX[: 130 - 40 * (number % 3)], 50 + number, 60 + number] for number in range(12)]
+PROMPTS = [[*PREFIX[: 130 - 40 * (number % 3)], 50 + number, 60 + number] for number in range(9)]
 MakeDaemon = Callable[..., Daemon]
 
 
-def configuration(plugin: str, blocks: int, model: Json | None = None, **changes: Any) -> Json:
+def configuration(plugin: str, blocks: int, **changes: Any) -> Json:
     limits: Json = {
         "BackendConfig": {
             "ModelDeployConfig": {"maxSeqLen": 256, "maxInputTokenLen": 200},
@@ -45,15 +45,13 @@ def configuration(plugin: str, blocks: int, model: Json | None = None, **changes
     params = json.dumps({"plugin_type": plugin}) if plugin else ""
     return merge(
         limits,
-        model_config(
-            plugin_params=params, modelName="mindie-tiny", modelWeightPath=str(TINY_MODEL), **model or {}
-        ),
+        model_config(plugin_params=params, modelName="mindie-tiny", modelWeightPath=str(TINY_MODEL)),
     )
 
 
 def complete(daemon: Daemon, prompt: list[int], key: str = KEYS[0], **members: Any) -> tuple[Json, str]:
     """The answer, and its Server-Timing header."""
-    body = {"model": "mindie-tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0, **members}
+    body = {"model": "mindie-tiny", "prompt": prompt, "max_tokens": 17, "temperature": 0, **members}
     connection: http.client.HTTPConnection = daemon.connect()
     try:
         headers = {"Authorization": f"Bearer {key}", "X-MindIE-Timings": "1"}
@@ -84,11 +82,17 @@ def everything(daemon: Daemon) -> tuple[list[list[str]], int]:
     return texts, sum(map(cached, answers))
 
 
-def test_answers_are_those_without_the_cache_and_hits_are_told(make_daemon: MakeDaemon) -> None:
+def test_answers_are_those_of_neither_and_hits_are_told(make_daemon: MakeDaemon) -> None:
     plain = make_daemon(configuration("", 400)).start().wait_ready()
     want, hits = everything(plain)
     assert hits == 0
     plain.stop()
+    # pieces of 64 tokens at most are less than a prompt
+    mix = {"templateType": "Mix", "maxPrefillTokens": 64, "maxBatchSize": 24, "maxPrefillBatchSize": 0}
+    mixed = make_daemon(configuration("splitfuse", 32, **mix)).start().wait_ready()
+    assert everything(mixed) == (want, 0)
+    assert "preempted" in mixed.log("mindie-llm-request")
+    mixed.stop()
     # a third of what they need at once: they preempt each other, and what is kept is evicted
     daemon = make_daemon(configuration("prefix_cache", 32)).start().wait_ready()
     got, hits = everything(daemon)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
 import numpy as np
+from hypothesis import strategies as st
 
 from engine.block_manager import BlockManager
 from engine.executor import Sampled
+from engine.mix import make_scheduler
 from engine.outcome import FinishCode
 from engine.plan import StepPlan
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
 
@@ -62,6 +64,7 @@ class FakeModel:
                 assert plan.positions[at] == position
                 slot = divmod(int(plan.slot_mapping[at]), self._block_size)
                 assert slot == (block, position % self._block_size)
+                assert seq.tokens[position] == plan.input_ids[at]
                 self._kv[slot] = value
             else:
                 value = int(self._kv[block, position % self._block_size])
@@ -81,8 +84,11 @@ class Ask:
     branches: int = 1
     beam_search: bool = False
     reproducible: bool = False
+    ignore_eos: bool = True
     salt: bytes = b""
     turn: int = 0
+    hangs_up: int = 0  # so many turns later its client is gone; 0: it stays
+    gone: int | None = None  # the branch nobody wants any more; None: all
 
     def group(self, request_id: int, now: float) -> SequenceGroup:
         params = SamplingParams(
@@ -90,9 +96,43 @@ class Ask:
             branches=self.branches,
             beam_search=self.beam_search,
             reproducible=self.reproducible,
+            ignore_eos=self.ignore_eos,
         )
         ids = np.array(self.prompt, np.int32)
         return SequenceGroup(request_id, ids, params, now=now, cache_salt=self.salt)
+
+
+def asks(texts: Seq[tuple[int, ...]]) -> st.SearchStrategy[Ask]:
+    """Requests whose prompts are beginnings of these texts, each of 40 tokens or more."""
+
+    def settled(ask: Ask) -> Ask:
+        if ask.branches == 1:
+            ask = replace(ask, beam_search=False, gone=None)
+        return replace(ask, hangs_up=0) if ask.beam_search else ask  # beams depend on each other
+
+    return st.builds(
+        Ask,
+        prompt=st.builds(lambda text, length: text[:length], st.sampled_from(texts), st.integers(1, 40)),
+        max_tokens=st.integers(1, 12),
+        branches=st.sampled_from((1, 1, 1, 2, 3)),
+        beam_search=st.booleans(),
+        reproducible=st.booleans(),
+        ignore_eos=st.booleans(),
+        salt=st.sampled_from((b"", b"a")),
+        turn=st.integers(0, 25),
+        hangs_up=st.sampled_from((0, 0, 0, 1, 2, 3, 5)),
+        gone=st.sampled_from((None, 0, 1)),
+    ).map(settled)
+
+
+def same(got: dict[int, list[list[int]]], want: dict[int, list[list[int]]], asks: Seq[Ask]) -> bool:
+    """Whether every branch was told what it should have been, as long as somebody wanted it."""
+    return all(
+        told == whole[: len(told)]
+        and (len(told) == len(whole) or (ask.hangs_up > 0 and ask.gone in (None, branch)))
+        for number, ask in enumerate(asks)
+        for branch, (told, whole) in enumerate(zip(got[number], want[number], strict=True))
+    )
 
 
 class Machine:
@@ -100,7 +140,7 @@ class Machine:
 
     def __init__(self, limits: ScheduleSettings, num_blocks: int) -> None:
         self.blocks = BlockManager(num_blocks, limits.block_size, prefix_cache=limits.prefix_cache)
-        self.scheduler = Scheduler(limits, self.blocks, [EOS])
+        self.scheduler = make_scheduler(limits, self.blocks, [EOS])
         self.model = FakeModel(num_blocks, limits.block_size)
         self.now = 0.0
         self.answers: dict[int, list[list[int]]] = {}  # by request: what each branch was told
@@ -139,9 +179,13 @@ class Machine:
     def serve(self, asks: Iterable[Ask]) -> dict[int, list[list[int]]]:
         """Every request to its end."""
         waiting = sorted(enumerate(asks), key=lambda entry: entry[1].turn)
+        leaving = [(ask.turn + ask.hangs_up, number, ask.gone) for number, ask in waiting if ask.hangs_up]
         for turn in range(_NEVER):
             while waiting and waiting[0][1].turn <= turn:
                 self.add(*waiting.pop(0))
+            for _, number, branch in (each for each in leaving if each[0] == turn):
+                self.scheduler.abort(number, branch)
+                self.scheduler.check()
             self.turn()
             if not waiting and not self.scheduler.has_work:
                 break

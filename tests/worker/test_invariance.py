@@ -183,6 +183,30 @@ def test_quantised_rows_keep_their_bits(models: dict[str, Path], tmp_path: Path,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_pieces_beside_rows_that_decode_equal_one_prefill(
+    models: dict[str, Path], dtype: str, way: str
+) -> None:
+    machine = Machine(models["wider"], dtype)
+    texts = [machine.text(length) for length in (150, 30)]
+    want = [machine.whole(text) for text in texts]
+    seeded = machine.sequence(texts[1][:-6])
+    other = machine.sequence(machine.text(20), reproducible=False)
+    machine.step(StepKind.PREFILL, [other, seeded])
+    piecewise = machine.sequence(texts[0])
+    piecewise.block_table = [machine._free.pop() for _ in range(5)]
+    for token, end in zip(texts[1][-6:], (1, 33, 34, 90, 149, 150), strict=True):
+        for sequence in (other, seeded):
+            sequence.append(token)
+        rows = [other, piecewise, seeded]
+        ends = [other.num_tokens, end, seeded.num_tokens]
+        logits = machine.runner.forward(build_plan(StepKind.MIXED, rows, BLOCK, ends=ends))
+        for sequence, computed in zip(rows, ends, strict=True):
+            sequence.num_computed = computed
+    assert same(machine.finish(piecewise, logits[1]), want[0])
+    assert same(machine.finish(seeded, logits[2]), want[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_usual_way_is_another_one_in_torch_only(models: dict[str, Path], dtype: str, way: str) -> None:
     """Or the tests above would show nothing about torch's reproducible way."""
     machine = Machine(models["wider"], dtype)
@@ -331,7 +355,9 @@ def test_a_width_that_changes_the_order_of_summation_is_not_used(
 
 @settings(max_examples=12, deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 1100), st.integers(1, 70)), min_size=1, max_size=6),
+    rows=st.lists(
+        st.tuples(st.integers(0, 1100), st.one_of(st.just(1), st.integers(1, 70))), min_size=1, max_size=6
+    ),
     decode=st.booleans(),
     heads=st.sampled_from([(4, 2), (14, 2), (6, 1), (3, 3)]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -366,7 +392,8 @@ def test_attention_in_a_batch_equals_each_row_alone(
     ) -> torch.Tensor:
         batch = make_batch(build_plan(kind, plan_rows, 16), torch.device("cpu"))
         backend.begin_step(batch, 16)
-        order = torch.arange(len(q)) if batch.order is None else torch.from_numpy(batch.order)
+        spans = torch.split(torch.arange(len(q)), [seq.num_tokens - seq.num_computed for seq in plan_rows])
+        order = torch.cat(spans if batch.order is None else [spans[row] for row in batch.order])
         out = backend.forward(q[order], k[order], v[order], *caches)
         return torch.empty_like(out).index_copy_(0, order, out)
 

@@ -84,7 +84,7 @@ def test_scores_equal_transformers(
 
 def test_a_step_that_owes_nobody_gathers_nothing() -> None:
     preempted = sequence(1, 8, 5)
-    preempted.prompt_told = True
+    preempted.num_told = preempted.num_prompt - 1
     assert PromptLogprobs.of(build_plan_of(StepKind.PREFILL, [preempted, sequence(2, 8, -1)])) is None
     assert PromptLogprobs.of(build_plan_of(StepKind.PREFILL, [preempted, sequence(2, 8, 0)])) is not None
     running = sequence(3, 8, 5)

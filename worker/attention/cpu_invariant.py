@@ -79,11 +79,9 @@ class CpuInvariantAttention:
     def begin_step(self, batch: Batch, block_size: int) -> None:
         self._slots = batch.slots
         widths = self._filled(batch.context_len)
-        bounds = (
-            similar_runs((widths // _WIDTHS.step).tolist())
-            if batch.one_token_per_row
-            else [(row, row + 1) for row in range(len(widths))]
-        )
+        single = widths[: batch.num_single] // _WIDTHS.step
+        bounds = similar_runs(single.tolist()) if len(single) else []
+        bounds += [(row, row + 1) for row in range(batch.num_single, len(widths))]
         # the first row of a run is its longest
         shapes = [(slice(first, last), int(widths[first])) for first, last in bounds]
         self._reserve(max((rows.stop - rows.start) * width for rows, width in shapes))
@@ -189,7 +187,7 @@ class CpuInvariantAttention:
     def _run(self, batch: Batch, rows: slice, width: int, block_size: int) -> _Run:
         contexts = batch.context_len[rows]
         tokens = slice(int(batch.query_start[rows.start]), int(batch.query_start[rows.stop]))
-        if batch.one_token_per_row:
+        if rows.start < batch.num_single:
             seen, mask = contexts, self._mask(contexts, width)[:, None, None]
         else:
             (last,) = contexts

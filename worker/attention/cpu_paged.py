@@ -3,7 +3,7 @@
 Decode: one gather of the whole batch's blocks into buffers that live as long as the backend (fresh buffers
 of several MB are page-faulted in on every call, which cost 2-6x), then one fused call per group of rows of
 similar length. The query heads that share a key head become rows of one query, so no key is read twice.
-Prefill: straight from this step's keys and values where nothing is cached.
+Prefill: straight from this step's keys and values where nothing is cached. A step may have both kinds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class _Gathered:
     v_blocks: Tensor
     k: Tensor  # [n, KV, longest context, D] the same memory
     v: Tensor
-    mask: Tensor | None  # [n, 1, 1, longest context] or, for a chunk, [1, 1, Q, context]; added to the scores
+    is_chunk: bool  # one row of several query tokens; else n rows of one
+    mask: (
+        Tensor | None
+    )  # added to the scores: [n, 1, 1, longest context], for a chunk [1, 1, share * Q, context]
     padding: Tensor | None  # int64: gathered slots beyond their row's context but within the longest
 
 
@@ -50,12 +53,7 @@ class CpuPagedAttention:
 
     def begin_step(self, batch: Batch, block_size: int) -> None:
         self._slots = batch.slots
-        self._groups: list[_Gathered | _Fresh] = (
-            self._decode_groups(batch, block_size)
-            if batch.one_token_per_row
-            else self._prefill_groups(batch, block_size)
-        )
-        self._is_decode = batch.one_token_per_row
+        self._groups = [*self._decode_groups(batch, block_size), *self._prefill_groups(batch, block_size)]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         store_kv(k, v, k_cache, v_cache, self._slots)
@@ -70,7 +68,7 @@ class CpuPagedAttention:
                 # a mask does not help against the NaN of an earlier owner: 0 * NaN is NaN
                 group.k_blocks.flatten(0, 1).index_fill_(0, group.padding, 0)
                 group.v_blocks.flatten(0, 1).index_fill_(0, group.padding, 0)
-            parts.append(self._decode(group, q) if self._is_decode else self._chunk(group, q))
+            parts.append(self._chunk(group, q) if group.is_chunk else self._decode(group, q))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(self, group: _Gathered, q: Tensor) -> Tensor:
@@ -95,11 +93,14 @@ class CpuPagedAttention:
         out = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
-    def _decode_groups(self, batch: Batch, block_size: int) -> list[_Gathered | _Fresh]:
-        widths = -(-batch.context_len // block_size)
+    def _decode_groups(self, batch: Batch, block_size: int) -> list[_Gathered]:
+        """Of the rows of one query token."""
+        if not batch.num_single:
+            return []
+        widths = -(-batch.context_len[: batch.num_single] // block_size)
         bounds = similar_runs(widths.tolist())
         self._reserve(max((b - a) * int(widths[a]) for a, b in bounds) * block_size)
-        groups: list[_Gathered | _Fresh] = []
+        groups = []
         for first, last in bounds:
             lengths = batch.context_len[first:last]
             mask = padding = None
@@ -110,15 +111,17 @@ class CpuPagedAttention:
                 padding = torch.from_numpy(row * (int(widths[first]) * block_size) + column)
             table = batch.block_table[first:last, : widths[first]]
             groups.append(
-                self._gathered(slice(first, last), table, int(lengths[0]), block_size, mask, padding)
+                self._gathered(slice(first, last), table, int(lengths[0]), block_size, mask, padding=padding)
             )
         return groups
 
     def _prefill_groups(self, batch: Batch, block_size: int) -> list[_Gathered | _Fresh]:
+        """Of the other rows."""
         groups: list[_Gathered | _Fresh] = []
         starts = batch.query_start.tolist()
         contexts = batch.context_len.tolist()
-        for row, context in enumerate(contexts):
+        for row in range(batch.num_single, len(contexts)):
+            context = contexts[row]
             tokens = slice(starts[row], starts[row + 1])
             queries = tokens.stop - tokens.start
             if queries == context:
@@ -132,9 +135,8 @@ class CpuPagedAttention:
             self._reserve(width * block_size)
             unseen = np.arange(context)[None] > np.arange(context - queries, context)[:, None]
             mask = self._mask(unseen)[None, None]
-            groups.append(
-                self._gathered(tokens, batch.block_table[row : row + 1, :width], context, block_size, mask)
-            )
+            table = batch.block_table[row : row + 1, :width]
+            groups.append(self._gathered(tokens, table, context, block_size, mask, is_chunk=True))
         return groups
 
     def _gathered(
@@ -144,6 +146,8 @@ class CpuPagedAttention:
         longest: int,
         block_size: int,
         mask: Tensor | None,
+        *,
+        is_chunk: bool = False,
         padding: Tensor | None = None,
     ) -> _Gathered:
         spec = self._spec
@@ -155,7 +159,8 @@ class CpuPagedAttention:
             blocks.view(rows, -1, spec.num_kv_heads, spec.head_dim)[:, :longest].transpose(1, 2)
             for blocks in (k_blocks, v_blocks)
         )
-        return _Gathered(tokens, torch.from_numpy(table.flatten()), k_blocks, v_blocks, k, v, mask, padding)
+        blocks = torch.from_numpy(table.flatten())
+        return _Gathered(tokens, blocks, k_blocks, v_blocks, k, v, is_chunk, mask, padding)
 
     def _reserve(self, num_tokens: int) -> None:
         """Room for that many keys; groups run one after the other and share it."""
