@@ -21,6 +21,7 @@ from worker.layers.int8_product import int8_product, int8_product_in_float32
 from worker.layers.linear import InvariantLinear
 from worker.layers.quantized import (
     W8A16,
+    CompiledW8A8Linear,
     SideBySide,
     W8A8Dynamic,
     W8A8Linear,
@@ -64,7 +65,8 @@ def test_rows_are_quantised_by_their_own_largest_number() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_follow_their_formulas(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x = torch.randn(5, 48).to(dtype)
+    x = torch.randn(5, 48).clamp(-2.9, 2.9).to(dtype)
+    x[:, 0], x[x.abs() == 1.5] = 3.0, 1.25  # nothing lies half way between two steps
     weight, scale, bias = int8(20, 48), torch.rand(20) / 50 + 0.01, torch.randn(20)
     exact = x.double()
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-2}
@@ -75,12 +77,16 @@ def test_layers_follow_their_formulas(dtype: torch.dtype) -> None:
 
     row_scale = exact.abs().amax(1, keepdim=True) / 127
     by_row = (exact / row_scale).round() @ weight.double().t() * row_scale * scale.double() + bias.double()
-    check(W8A8Linear(W8A8Dynamic(weight, scale, bias), int8_product)(x), by_row)
+    dynamic = W8A8Dynamic(weight, scale, bias)
+    check(W8A8Linear(dynamic, int8_product)(x), by_row)
+    check(CompiledW8A8Linear(dynamic)(x), by_row)
 
     quant_bias = torch.randint(-3000, 3000, (20,), dtype=torch.int32)
-    constants = (exact / 0.02 + 11).round().clamp(-128, 127)  # cuts some off on both sides
+    constants = (exact / 0.0203 + 11).round().clamp(-128, 127)  # cuts some off on both sides
     by_constants = (constants @ weight.double().t() + quant_bias) * scale.double()
-    check(W8A8StaticLinear(W8A8Static(weight, 0.02, 11.0, quant_bias, scale), int8_product)(x), by_constants)
+    static = W8A8Static(weight, 0.0203, 11.0, quant_bias, scale)
+    check(W8A8StaticLinear(static, int8_product)(x), by_constants)
+    check(CompiledW8A8Linear(static)(x), by_constants)
 
     platform = CpuPlatform()
     for few_rows in (0, 16):
@@ -93,11 +99,13 @@ def test_layers_follow_their_formulas(dtype: torch.dtype) -> None:
             torch.testing.assert_close(layer(x).double(), want, rtol=2 * tolerance["rtol"], atol=3e-2)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_bits_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
+def test_a_rows_bits_do_not_depend_on_the_others(dtype: torch.dtype, native: bool) -> None:
     """Without the tiles that float layers need for it."""
     torch.manual_seed(1)
     platform = CpuPlatform()
+    platform._int8 = Int8Kernels(True, 0, native)
     weight, scale = int8(96, 1100), torch.rand(96) / 100
     layers = [
         platform.pack_quantised(W8A8Dynamic(weight, scale, torch.randn(96)), dtype),
@@ -131,6 +139,7 @@ def test_a_product_that_saturates_is_not_used(
         return pairs.clamp(-(2**15), 2**15 - 1).sum(-1, dtype=torch.int32)
 
     monkeypatch.setattr(int8_kernels, "int8_product", saturating)
+    monkeypatch.setattr(int8_kernels, "kernels", lambda: None)
     kernels = probe_int8(torch.bfloat16)
     assert not kernels.operator
     assert kernels.product is int8_product_in_float32

@@ -24,7 +24,7 @@ _SHAPE = (2048, 1024)
 _DECODE_ROWS = (1, 8)
 _PREFILL_ROWS = 512
 # steps of each size in a service with short prompts: what is gained here may be lost there
-_STEPS = {1: 16.0, 8: 16.0, _PREFILL_ROWS: 0.5}
+STEPS = {1: 16.0, 8: 16.0, _PREFILL_ROWS: 0.5}
 
 Native = Literal["", "float32", "dot"]
 
@@ -74,11 +74,11 @@ def _native_if_faster(torch_best: Callable[[Tensor], Tensor], weight: Tensor) ->
     compiled = kernels()
     if compiled is None or weight.dtype not in _NATIVE:
         return ""
-    inputs = {rows: torch.ones(rows, _SHAPE[1], dtype=weight.dtype) for rows in _STEPS}
+    inputs = {rows: torch.ones(rows, _SHAPE[1], dtype=weight.dtype) for rows in STEPS}
 
     def seconds(run: Callable[[Tensor], Tensor]) -> float:
-        tries = {rows: 20 if rows < _PREFILL_ROWS else 4 for rows in _STEPS}
-        return sum(_STEPS[rows] * fastest(run, x, tries[rows]) for rows, x in inputs.items())
+        tries = {rows: 20 if rows < _PREFILL_ROWS else 4 for rows in STEPS}
+        return sum(STEPS[rows] * fastest(run, x, tries[rows]) for rows, x in inputs.items())
 
     ways = [way for way in _NATIVE[weight.dtype] if way != "dot" or compiled.has_bf16_dot]
     times = {way: seconds(NativeLinear(weight, None, compiled, dot=way == "dot")) for way in ways}
