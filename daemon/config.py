@@ -388,6 +388,7 @@ def _model(
         cpu_threads=values.integer(f"{RUNTIME}.cpuThreads"),
         trust_remote_code=values.flag(f"{MODEL}.trustRemoteCode"),
         ignore_eos=values.flag(f"{MODEL}.ignore_eos"),
+        kv_cache_dtype=cast(Literal["auto", "int8"], values.text(f"{RUNTIME}.kvCacheDtype")),
         batch_invariant=values.flag(f"{RUNTIME}.batchInvariant"),
         world_size=values.integer(f"{MODEL}.worldSize"),
         cpu_mem_gib=values.integer(f"{MODEL}.cpuMemSize"),

@@ -111,7 +111,8 @@ def _memory_rows(plan: MemoryPlan, memory: MemoryInfo, num_workers: int) -> Iter
         "weights", f"{_mib(plan.weight_bytes)} as {plan.dtype} ({stored} in {files}, {plan.architecture})"
     )
     yield _row("largest step", f"{_mib(plan.activation_bytes)} estimated for a prefill and its logits")
-    yield _row("KV block", f"{plan.block_bytes} bytes for {plan.block_size} tokens")
+    held_as = " in int8" if plan.int8_cache else ""
+    yield _row("KV block", f"{plan.block_bytes} bytes for {plan.block_size} tokens{held_as}")
     per_sequence = plan.blocks_per_sequence
     yield _row(
         "longest text",

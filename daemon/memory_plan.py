@@ -22,6 +22,8 @@ from worker.cache_size import (
     blocks_per_sequence,
     bytes_per_block,
     count_blocks,
+    head_bytes,
+    holds_int8,
     sizing_key,
 )
 from worker.config_values import ConfigValues
@@ -67,6 +69,7 @@ class MemoryPlan:
     activation_bytes: int
     block_size: int  # tokens
     block_bytes: int
+    int8_cache: bool
     max_seq_len: int  # maxSeqLen, or less where the model ends earlier
     sizing_key: str  # what decides how large the cache is
     num_blocks: int | None  # None: known on the device only
@@ -88,6 +91,7 @@ def plan_memory(
     weights = _stored_weights(model.weight_path)
     dtype = _compute_dtype(model, weights)
     limits = _limits(schedule, config)
+    int8_cache = holds_int8(model, weights.quantisation)
     plan = MemoryPlan(
         architecture=architecture,
         weights=weights,
@@ -96,8 +100,12 @@ def plan_memory(
         activation_bytes=activation_bytes(config, limits),
         block_size=schedule.block_size,
         block_bytes=bytes_per_block(
-            config.num_layers, schedule.block_size, config.num_kv_heads, config.head_dim, _BYTES[dtype]
+            config.num_layers,
+            schedule.block_size,
+            config.num_kv_heads,
+            head_bytes(config.head_dim, _BYTES[dtype], int8=int8_cache),
         ),
+        int8_cache=int8_cache,
         max_seq_len=limits.max_seq_len,
         sizing_key=sizing_key(model),
         num_blocks=None,

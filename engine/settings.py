@@ -155,6 +155,7 @@ class ModelSettings:
     ignore_eos: bool
     world_size: int
     cpu_mem_gib: int
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"  # auto: dtype, or int8 if the checkpoint asks for it
     batch_invariant: bool = False  # no answer depends on what else is computed, seeded or not
     lora: LoraSettings = LoraSettings()
     chat: ChatSettings = ChatSettings()

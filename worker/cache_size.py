@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from engine.errors import EXIT_INIT, StartupError
+from engine.quantisation import Quantisation
 from engine.settings import ModelSettings, ScheduleSettings
 from worker.hf_config import DecoderConfig
 
@@ -21,10 +22,19 @@ class BlockSpec(Protocol):
         """Bytes of one block over all layers, keys and values."""
 
 
-def bytes_per_block(
-    num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, element_bytes: int
-) -> int:
-    return 2 * num_layers * num_kv_heads * head_dim * element_bytes * block_size
+def holds_int8(model: ModelSettings, quantisation: Quantisation) -> bool:
+    """Whether keys and values are kept in int8: the configuration asks for it, or the checkpoint ("C8")."""
+    return model.kv_cache_dtype == "int8" or quantisation.int8_kv
+
+
+def head_bytes(head_dim: int, element_bytes: int, *, int8: bool) -> int:
+    """Of the key, or the value, that one head keeps for a token; in int8 with a float32 scale."""
+    return head_dim + 4 if int8 else head_dim * element_bytes
+
+
+def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_size: int) -> int:
+    """`head_size`: of `head_bytes`."""
+    return 2 * num_layers * num_kv_heads * head_size * block_size
 
 
 def blocks_per_sequence(max_seq_len: int, block_size: int) -> int:

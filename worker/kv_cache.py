@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from worker.cache_size import bytes_per_block
+from worker.cache_size import bytes_per_block, head_bytes
+from worker.kv_pages import Int8Pages, KvPages, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,35 +20,41 @@ class KvSpec:
     block_size: int  # tokens
     num_kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the model
+    int8: bool = False  # whether the cache holds int8 instead
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers, keys and values."""
-        return bytes_per_block(
-            self.num_layers, self.block_size, self.num_kv_heads, self.head_dim, self.dtype.itemsize
-        )
+        head = head_bytes(self.head_dim, self.dtype.itemsize, int8=self.int8)
+        return bytes_per_block(self.num_layers, self.block_size, self.num_kv_heads, head)
 
 
 class KvCache:
-    """Per layer one tensor of keys and one of values, each [num_blocks, block_size, num_kv_heads, head_dim].
+    """Per layer the pages of keys and those of values.
 
     Zeroed, so that its pages are taken now and not in the middle of a request.
     """
 
     def __init__(self, spec: KvSpec, num_blocks: int, device: torch.device) -> None:
         shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
-        self.layers: list[tuple[Tensor, Tensor]] = [
-            (
-                torch.zeros(shape, dtype=spec.dtype, device=device),
-                torch.zeros(shape, dtype=spec.dtype, device=device),
-            )
-            for _ in range(spec.num_layers)
-        ]
+
+        def pages() -> KvPages:
+            if not spec.int8:
+                return torch.zeros(shape, dtype=spec.dtype, device=device)
+            values = torch.zeros(shape, dtype=torch.int8, device=device)
+            return Int8Pages(values, torch.zeros(shape[:-1], device=device))
+
+        self.layers: list[tuple[KvPages, KvPages]] = [(pages(), pages()) for _ in range(spec.num_layers)]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything in it; blocks are dimension 0."""
+        for layer in self.layers:
+            for pages in layer:
+                yield from tensors_of(pages)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination) each; all sources are read before anything is written."""
         sources, destinations = (list(blocks) for blocks in zip(*copies, strict=True))
-        for layer in self.layers:
-            for tensor in layer:
-                tensor[destinations] = tensor[sources]
+        for tensor in self.tensors():
+            tensor[destinations] = tensor[sources]

@@ -18,7 +18,7 @@ from engine.wire.keepsake import Keepsake
 from worker.attention.base import AttentionBackend, AttentionSpec
 from worker.attention.registry import make_attention
 from worker.batch import make_batch, split_by_arithmetic, split_plan
-from worker.cache_size import activation_bytes, count_blocks
+from worker.cache_size import activation_bytes, count_blocks, holds_int8
 from worker.config_values import ConfigValues
 from worker.hf_config import eos_token_ids
 from worker.kv_cache import KvCache, KvSpec
@@ -86,13 +86,20 @@ class ModelRunner:
         self.dtype = dtype
         self.weight_bytes = checkpoint.bytes_held(shapes, dtype.itemsize)
         self._kv_spec = KvSpec(
-            config.num_layers, self._schedule.block_size, config.num_kv_heads, config.head_dim, dtype
+            config.num_layers,
+            self._schedule.block_size,
+            config.num_kv_heads,
+            config.head_dim,
+            dtype,
+            int8=holds_int8(self._settings, checkpoint.quantisation),
         )
         self.block_bytes = self._kv_spec.block_bytes
         self._activation_bytes = activation_bytes(config, self._schedule)
         self._check_memory()
         self._choose_kernels(quantised=bool(checkpoint.quantisation.types))
-        spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
+        spec = AttentionSpec(
+            config.num_heads, config.num_kv_heads, config.head_dim, dtype, int8_cache=self._kv_spec.int8
+        )
         usual, invariant = (
             self._platform.attention_backend(spec),
             self._platform.invariant_attention_backend(spec),

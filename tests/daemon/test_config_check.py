@@ -117,6 +117,9 @@ def test_quantised_weights_are_counted_as_they_are_held(home: Home) -> None:
     # as the worker says, whose layers keep a float32 scale and offset for each row
     assert rows(done)["weights"] == "4.1 MiB as bfloat16 (BF16, F32, I8 in 1 file, Qwen2ForCausalLM)"
     assert done.stderr.strip() == "", "nothing heavy is loaded"
+    home.backend["runtimeConfig"]["kvCacheDtype"] = "int8"
+    # 2 x 4 layers x 2 heads x (64 + 4) bytes x 128 tokens
+    assert rows(check(home))["KV block"] == "139264 bytes for 128 tokens in int8"
     (home.root / "q" / "quant_model_description.json").unlink()
     done = check(home)
     assert done.returncode == 1

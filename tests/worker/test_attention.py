@@ -17,6 +17,8 @@ from worker.attention.cpu_native import CpuNativeAttention, kernels_for
 from worker.attention.cpu_paged import similar_runs
 from worker.attention.registry import make_attention
 from worker.batch import make_batch
+from worker.kv_pages import Int8Pages, KvPages, tensors_of
+from worker.layers.quantized import quantise_rows
 from worker.native.library import all_kernels
 
 # same arithmetic, other order of summation; bfloat16 rounds inputs of order 1 to 2**-8
@@ -36,6 +38,7 @@ rows = st.lists(st.tuples(st.integers(0, 70), new_tokens), min_size=1, max_size=
     heads=st.sampled_from([(4, 4), (6, 2), (5, 1)]),
     head_dim=st.sampled_from([8, 16, 48]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    int8=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_paged_attention_equals_the_reference(
@@ -45,6 +48,7 @@ def test_paged_attention_equals_the_reference(
     heads: tuple[int, int],
     head_dim: int,
     dtype: torch.dtype,
+    int8: bool,
     seed: int,
 ) -> None:
     """Each row: (tokens already cached, new tokens); decode rows have one new token."""
@@ -80,14 +84,15 @@ def test_paged_attention_equals_the_reference(
     ]
 
     def attend(backend: AttentionBackend) -> tuple[torch.Tensor, ...]:
-        k_cache, v_cache = cache.clone().unbind(0)
+        k_cache, v_cache = (as_pages(pages, int8) for pages in cache.clone().unbind(0))
         backend.begin_step(make_batch(plan, torch.device("cpu")), block_size)
         # the step's tensors are in the batch's order; which row is where does not matter here
-        return backend.forward(q, k, v, k_cache, v_cache), k_cache, v_cache
+        out = backend.forward(q, k, v, k_cache, v_cache)
+        return out, *tensors_of(k_cache), *tensors_of(v_cache)
 
     want, *want_cache = attend(backend_of("reference", spec))
     backends = [backend_of("cpu_paged", spec), backend_of("cpu_invariant", spec)]
-    if kernels_for(spec):
+    if kernels_for(spec) and not int8:
         backends += [CpuNativeAttention(spec, kernels) for kernels in all_kernels()]
     for backend in backends:
         got, *got_cache = attend(backend)
@@ -95,6 +100,11 @@ def test_paged_attention_equals_the_reference(
         assert all(
             torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got_cache, want_cache, strict=True)
         )
+
+
+def as_pages(cache: torch.Tensor, int8: bool) -> KvPages:
+    """As it is, or in int8; what is no number then has a scale that is none."""
+    return Int8Pages(*quantise_rows(cache)) if int8 else cache
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=50))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,9 +50,11 @@ Bits = list[torch.Tensor]  # logits, then keys and values of each layer
 class Machine:
     """A runner with sequences whose tokens are chosen here: what is compared is the arithmetic."""
 
-    def __init__(self, folder: Path, dtype: str, lora: LoraSettings = NO_LORA) -> None:
+    def __init__(self, folder: Path, dtype: str, lora: LoraSettings = NO_LORA, **more: Any) -> None:
         schedule = replace(SCHEDULE, block_size=BLOCK, max_batch_size=64, max_seq_len=600, max_input_len=590)
-        model = replace(MODEL, weight_path=folder, dtype=dtype, cpu_threads=1, kv_block_num=BLOCKS, lora=lora)
+        model = replace(
+            MODEL, weight_path=folder, dtype=dtype, cpu_threads=1, kv_block_num=BLOCKS, lora=lora, **more
+        )
         self.runner = ModelRunner(model, schedule, 0, lambda phase, fraction: None)
         self.runner.load()
         self.runner.allocate(BLOCKS)
@@ -83,9 +86,7 @@ class Machine:
         """Its bits; its blocks are free again, full of what they held."""
         slots = torch.tensor(sequence.block_table)
         cached = [
-            tensor[slots].flatten(0, 1)[: sequence.num_tokens]
-            for layer in self.runner._cache.layers
-            for tensor in layer
+            tensor[slots].flatten(0, 1)[: sequence.num_tokens] for tensor in self.runner._cache.tensors()
         ]
         self._free += sequence.block_table
         sequence.block_table = []
@@ -162,16 +163,19 @@ def test_token_by_token_equals_one_prefill(models: dict[str, Path], dtype: str, 
     assert same(machine.finish(sequence, logits[0]), want)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w8a8", "w8a16"])
-def test_quantised_rows_keep_their_bits(models: dict[str, Path], tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "cache"),
+    [("w8a8_dynamic", "auto"), ("w8a8", "auto"), ("w8a16", "auto"), ("w8a8_dynamic", "int8")],
+)
+def test_quantised_rows_keep_their_bits(
+    models: dict[str, Path], tmp_path: Path, scheme: str, cache: str
+) -> None:
     (tmp_path / "texts").write_text("bade " * 40)
     calibrate = ["--calibrate", str(tmp_path / "texts")] if scheme == "w8a8" else []
     folder = tmp_path / "model"
-    assert (
-        quantize.main(["--model", str(models["wider"]), "--out", str(folder), "--scheme", scheme, *calibrate])
-        == 0
-    )
-    machine = Machine(folder, "bfloat16")
+    arguments = ["--model", str(models["wider"]), "--out", str(folder), "--scheme", scheme, *calibrate]
+    assert quantize.main(arguments) == 0
+    machine = Machine(folder, "bfloat16", kv_cache_dtype=cache)
     texts = [machine.text(length) for length in (7, 90, 270)]
     want = [machine.whole(text) for text in texts]
     rows = [machine.sequence(text[:-1]) for text in texts]

@@ -12,10 +12,12 @@ import torch
 
 from engine.errors import EXIT_INIT, StartupError
 from engine.plan import StepKind
+from engine.quantisation import Quantisation
 from tests.worker.conftest import MODEL, SCHEDULE, Harness
-from worker.cache_size import activation_bytes, count_blocks
+from worker.cache_size import activation_bytes, count_blocks, holds_int8
 from worker.config_values import ConfigValues
 from worker.kv_cache import KvCache, KvSpec
+from worker.kv_pages import gather, slots_of, store
 from worker.models.llama import LlamaForCausalLM
 
 Checkpoint = Callable[..., tuple[Path, Any]]
@@ -34,11 +36,59 @@ def count(automatic_bytes: int = 0, available_bytes: int = 2**40, **model: Any) 
     )
 
 
-def test_block_bytes_are_those_of_the_tensors() -> None:
-    cache = KvCache(SPEC, 5, torch.device("cpu"))
-    size = sum(tensor.nbytes for layer in cache.layers for tensor in layer)
-    assert size == 5 * SPEC.block_bytes
-    assert cache.layers[0][0].shape == (5, 8, 2, 16)
+@pytest.mark.parametrize("int8", [False, True])
+def test_block_bytes_are_those_of_the_tensors(int8: bool) -> None:
+    spec = replace(SPEC, int8=int8)
+    cache = KvCache(spec, 5, torch.device("cpu"))
+    assert sum(tensor.nbytes for tensor in cache.tensors()) == 5 * spec.block_bytes
+    assert next(cache.tensors()).shape == (5, 8, 2, 16)
+
+
+def test_int8_takes_a_byte_and_a_scale_for_each_head() -> None:
+    assert replace(SPEC, int8=True).block_bytes == 2 * 3 * 8 * 2 * (16 + 4)
+    assert replace(SPEC, int8=True, head_dim=64).block_bytes < 0.54 * replace(SPEC, head_dim=64).block_bytes
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_stored_is_read_again(int8: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    cache = KvCache(replace(SPEC, dtype=dtype, int8=int8), 5, torch.device("cpu"))
+    pages = cache.layers[1][0]
+    fresh = torch.randn(6, 2, 16).to(dtype) * torch.tensor([1e-3, 1, 50, 1, 1, 1])[:, None, None].to(dtype)
+    fresh[4] = 0
+    slots = torch.tensor([39, 0, 7, 8, 20, 3])
+    stored = store(pages, fresh, slots)
+    got = torch.empty_like(fresh)
+    gather(slots_of(pages), slots.int(), got)
+    assert torch.equal(got, stored)
+    if not int8:
+        assert torch.equal(got, fresh)
+    # half a step, and the rounding to the model's dtype
+    step = fresh.float().abs().amax(-1, keepdim=True) / 127
+    assert ((got - fresh).float().abs() <= step * (0.501 if dtype == torch.float32 else 1.01)).all()
+    cache.copy_blocks([(4, 1)])
+    gather(slots_of(pages), torch.tensor([15], dtype=torch.int32), got[:1])
+    assert torch.equal(got[0], stored[0])
+
+
+def test_a_description_may_ask_for_int8() -> None:
+    asked, silent = Quantisation(int8_kv=True), Quantisation()
+    assert holds_int8(MODEL, asked) and not holds_int8(MODEL, silent)
+    assert holds_int8(replace(MODEL, kv_cache_dtype="int8"), silent)
+
+
+def test_int8_keeps_the_answers_near_and_equal_however_they_are_cached(checkpoint: Checkpoint) -> None:
+    """Keys of a fresh prompt are those that a later step reads."""
+    folder, _ = checkpoint("llama-gqa-llama3")
+    plain, narrow = Harness(folder), Harness(folder, replace(MODEL, kv_cache_dtype="int8"))
+    prompt = list(range(5, 30))
+    whole = [harness.forward(StepKind.PREFILL, [harness.sequence(prompt)]) for harness in (plain, narrow)]
+    assert 0 < (whole[1] - whole[0]).norm() < 0.05 * whole[0].norm()
+    sequence = narrow.sequence(prompt[:-1])
+    narrow.forward(StepKind.PREFILL, [sequence])
+    sequence.append(prompt[-1])
+    torch.testing.assert_close(narrow.forward(StepKind.DECODE, [sequence]), whole[1], rtol=1e-4, atol=1e-4)
 
 
 def test_the_more_exact_key_wins() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from worker.batch import Batch
+from worker.kv_pages import KvPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    int8_cache: bool = False  # whether what is cached is Int8Pages
 
 
 class AttentionBackend(Protocol):
@@ -34,15 +36,9 @@ class AttentionBackend(Protocol):
     def begin_step(self, batch: Batch, block_size: int) -> None:
         """Prepare what all layers of the step share."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: KvPages, v_cache: KvPages) -> Tensor:
         """Store k and v at the step's slots, then attend.
 
-        q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim], strided or not; caches:
-        [num_blocks, block_size, num_kv_heads, head_dim] -> [T, num_heads * head_dim].
+        q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim], strided or not
+        -> [T, num_heads * head_dim].
         """
-
-
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """k, v: [T, num_kv_heads, head_dim]; slots: int64 [T], distinct, block * block_size + offset."""
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slots, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slots, v)

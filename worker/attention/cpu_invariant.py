@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.plan import Int32Array
-from worker.attention.base import AttentionSpec, store_kv
+from worker.attention.base import AttentionSpec
 from worker.attention.cpu_paged import similar_runs
 from worker.batch import Batch
+from worker.kv_pages import KvPages, gather, slots_of, store
 
 _KERNEL_KEYS = 512  # keys the kernel takes at a time
 _WIDTHS = range(64, _KERNEL_KEYS, 64)
@@ -87,13 +88,14 @@ class CpuInvariantAttention:
         self._reserve(max((rows.stop - rows.start) * width for rows, width in shapes))
         self._runs = [self._run(batch, rows, width, block_size) for rows, width in shapes]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        store_kv(k, v, k_cache, v_cache, self._slots)
-        k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: KvPages, v_cache: KvPages) -> Tensor:
+        store(k_cache, k, self._slots)
+        store(v_cache, v, self._slots)
+        k_slots, v_slots = slots_of(k_cache), slots_of(v_cache)
         parts: list[Tensor] = []
         for run in self._runs:
-            torch.index_select(k_slots, 0, run.slots, out=run.k_slots)
-            torch.index_select(v_slots, 0, run.slots, out=run.v_slots)
+            gather(k_slots, run.slots, run.k_slots)
+            gather(v_slots, run.slots, run.v_slots)
             if run.mask is not None:
                 parts.append(self._attend(self._single, q[run.tokens], run.k, run.v, run.mask))
             else:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from worker.attention.base import AttentionSpec
 from worker.batch import Batch
+from worker.kv_pages import KvPages
 from worker.native.library import IS_BF16, AttentionStruct, Kernels, StepStruct, kernels
 
 _DIM_MULTIPLE = 16  # of head_dim: keys are transposed in squares of vectors
@@ -17,7 +18,7 @@ _DIM_MULTIPLE = 16  # of head_dim: keys are transposed in squares of vectors
 def kernels_for(spec: AttentionSpec) -> Kernels | None:
     """What can run these shapes, at a speed that makes it worth while."""
     compiled = kernels()
-    if compiled is None or compiled.name == b"plain" or spec.dtype not in IS_BF16:
+    if compiled is None or compiled.name == b"plain" or spec.dtype not in IS_BF16 or spec.int8_cache:
         return None
     return None if spec.head_dim % _DIM_MULTIPLE else compiled
 
@@ -57,7 +58,8 @@ class CpuNativeAttention:
         )
         step.rows, step.table_width = table.shape
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: KvPages, v_cache: KvPages) -> Tensor:
+        assert isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)  # see kernels_for
         out = q.new_empty((q.shape[0], self._width))
         if self._run(
             self._shape_address,

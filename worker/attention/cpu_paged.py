@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from worker.attention.base import AttentionSpec, store_kv
+from worker.attention.base import AttentionSpec
 from worker.batch import Batch
+from worker.kv_pages import KvPages, gather, store
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +56,15 @@ class CpuPagedAttention:
         self._slots = batch.slots
         self._groups = [*self._decode_groups(batch, block_size), *self._prefill_groups(batch, block_size)]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        store_kv(k, v, k_cache, v_cache, self._slots)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: KvPages, v_cache: KvPages) -> Tensor:
+        k, v = store(k_cache, k, self._slots), store(v_cache, v, self._slots)
         parts = []
         for group in self._groups:
             if isinstance(group, _Fresh):
                 parts.append(self._fresh(group, q, k, v))
                 continue
-            torch.index_select(k_cache, 0, group.blocks, out=group.k_blocks)
-            torch.index_select(v_cache, 0, group.blocks, out=group.v_blocks)
+            gather(k_cache, group.blocks, group.k_blocks)
+            gather(v_cache, group.blocks, group.v_blocks)
             if group.padding is not None:
                 # a mask does not help against the NaN of an earlier owner: 0 * NaN is NaN
                 group.k_blocks.flatten(0, 1).index_fill_(0, group.padding, 0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from worker.attention.base import AttentionSpec, store_kv
+from worker.attention.base import AttentionSpec
 from worker.batch import Batch
+from worker.kv_pages import KvPages, store
 
 
 class ReferenceAttention:
@@ -16,14 +17,16 @@ class ReferenceAttention:
     def begin_step(self, batch: Batch, block_size: int) -> None:
         self._batch = batch
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: KvPages, v_cache: KvPages) -> Tensor:
         batch = self._batch
-        store_kv(k, v, k_cache, v_cache, batch.slots)
+        store(k_cache, k, batch.slots)
+        store(v_cache, v, batch.slots)
         rows = []
         for row, context in enumerate(batch.context_len.tolist()):
             queries = q[batch.query_start[row] : batch.query_start[row + 1]]
-            blocks = torch.from_numpy(batch.block_table[row]).to(k_cache.device)
-            rows.append(self._row(queries, k_cache[blocks], v_cache[blocks], context))
+            blocks = torch.from_numpy(batch.block_table[row]).to(q.device)
+            keys, values = (_read(pages, blocks) for pages in (k_cache, v_cache))
+            rows.append(self._row(queries, keys, values, context))
         return torch.cat(rows)
 
     def _row(self, q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
@@ -35,3 +38,10 @@ class ReferenceAttention:
         unseen = torch.ones(len(q), context, dtype=torch.bool, device=q.device).triu(context - len(q) + 1)
         weights = scores.masked_fill(unseen, float("-inf")).softmax(dim=-1)
         return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype).flatten(1)
+
+
+def _read(pages: KvPages, blocks: Tensor) -> Tensor:
+    """[blocks, block_size, KV, D]."""
+    if isinstance(pages, Tensor):
+        return pages[blocks]
+    return pages.values[blocks] * pages.scales[blocks].unsqueeze(-1)

@@ -14,6 +14,7 @@ from worker.batch import Batch
 from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig, parse_decoder
 from worker.kv_cache import KvCache
+from worker.kv_pages import KvPages
 from worker.layers.activation import silu_mul
 from worker.layers.adapted import AdaptedLinear, Projection, StepAdapters
 from worker.layers.norm import rms_norm
@@ -103,8 +104,8 @@ class DecoderLayer:
         cos: Tensor,
         sin: Tensor,
         attention: AttentionBackend,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        k_cache: KvPages,
+        v_cache: KvPages,
     ) -> None:
         """Adds this layer to the residual stream x, [T, hidden], in place."""
         qkv = self._qkv(rms_norm(x, self._input_norm, self._eps)).view(len(x), -1, self._head_dim)
