@@ -52,7 +52,10 @@ def _input_constants(checkpoint: Checkpoint, module: str) -> tuple[float, float]
     scale = _channels(checkpoint, f"{module}.input_scale")
     if not bool((scale > 0).all()):
         raise _unusable(checkpoint, f"{module}.input_scale", "above 0")
-    return scale.item(), _channels(checkpoint, f"{module}.input_offset").item()
+    offset = float(_channels(checkpoint, f"{module}.input_offset").item())
+    if not (-128 <= offset <= 127 and offset.is_integer()):
+        raise _unusable(checkpoint, f"{module}.input_offset", "a whole number in [-128, 127]")
+    return scale.item(), offset
 
 
 def _channels(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -264,6 +264,7 @@ def test_projections_with_constants_of_their_own_are_not_merged(folder: Path, tm
         ("w8a8_dynamic", {f"{_Q}weight_offset": torch.ones(64, 1)}, "weight_offset must be all zero"),
         ("w8a16", {f"{_Q}weight_scale": torch.full((64, 1), float("nan"))}, "weight_scale must be finite"),
         ("w8a8", {f"{_Q}input_scale": torch.zeros(1)}, "input_scale must be above 0"),
+        ("w8a8", {f"{_Q}input_offset": torch.tensor([0.5])}, "input_offset must be a whole number"),
         ("w8a16", {f"{_Q}weight": torch.ones(64, 32, dtype=torch.int8)}, "is [64, 32], expected [64, 64]"),
         ("w8a16", {f"{_Q}strange": torch.ones(1)}, "q_proj.strange"),
     ],
