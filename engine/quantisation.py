@@ -10,6 +10,9 @@ Beside an int8 weight [n, k] lie, each under the module's name:
 - W8A8_DYNAMIC (activations quantised row by row as they come) and W8A16 (not at all): weight_scale and
   weight_offset [n] or [n, 1]; the weight is (weight - weight_offset) * weight_scale. A bias stays as it was.
 
+A norm that has been made to flatten outliers has a bias, <norm>.bias, or, where layers were left in floating
+point, stands beside the one that these need: <norm>.module.weight and <norm>.module.bias.
+
 "kv_cache_type": "C8" asks for keys and values in int8.
 
 Only headers are read, without torch: the parent judges a directory as the worker does.
@@ -42,6 +45,7 @@ _NO_TENSORS = {
     "model_quant_type", "version", "group_size", "metadata", "optional", "fa_quant_type", "reduce_quant_type",
     *_KV_KEYS,
 }  # fmt: skip
+_NORM_PARTS = (".module.weight", ".module.bias", ".bias")
 _KV_PARTS = ("kv_cache_scale", "kv_cache_offset")
 
 
@@ -209,12 +213,13 @@ def _module_faults(module: str, kind: LinearType, tensors: Mapping[str, StoredTe
 def _extras(types: Mapping[str, LinearType], tensors: Mapping[str, StoredTensor]) -> frozenset[str]:
     parts = {f"{module}.{part.name}" for module, kind in types.items() for part in _PARTS[kind]}
     parts |= {name for name in tensors if name.endswith(_KV_PARTS)}
+    parts |= {name for name in tensors if _is_norm(name) and name.endswith(_NORM_PARTS)}
     return frozenset(parts & tensors.keys())
 
 
 def _is_norm(name: str) -> bool:
     """Norms before quantised layers are described with the layers' type, and are not quantised."""
-    return "norm" in name.rsplit(".weight", 1)[0].rsplit(".layers.", 1)[-1]
+    return "norm" in name.rpartition(".layers.")[2]
 
 
 def _some(names: list[str]) -> str:

@@ -64,6 +64,10 @@ class Checkpoint:
                 )
             elif not (kind == "bias" and how == "W8A8"):  # there it is part of quant_bias
                 complaints.append(f"{name} {list(shape)} is missing")
+        for name in self.quantisation.extras:
+            norm = f"{name.rpartition('.')[0].removesuffix('.module')}.weight"
+            if "norm" in norm and norm in expected:
+                complaints += _misfits(name, self._stored[name], expected[norm], tuple(_DTYPES))
         for name in self._stored.keys() - expected.keys() - ignorable - self.quantisation.extras:
             complaints.append(f"{name} in {self._stored[name].file.name} is unexpected")
         if complaints:

@@ -47,6 +47,23 @@ def take_quantised(
     return W8A8Dynamic(weight, scales, biases)
 
 
+def norm_tensors(checkpoint: Checkpoint, norm: str, followers: Sequence[str]) -> tuple[str, str | None]:
+    """Names of a norm's weight and bias (None: it has none), as the layers that follow it were made for."""
+    if f"{norm}.module.weight" in checkpoint:
+        quantised = {checkpoint.quantisation.type_of(module) != "FLOAT" for module in followers}
+        if len(quantised) == 2:
+            which = f"{followers[0]} and its neighbours"
+            raise StartupError(
+                f"{checkpoint.folder}: {norm}.module.weight is there for quantised layers, but only some of"
+                f" {which} are quantised; all must be, or none",
+                EXIT_INIT,
+            )
+        if True in quantised:
+            norm += ".module"
+    bias = f"{norm}.bias"
+    return f"{norm}.weight", bias if bias in checkpoint else None
+
+
 def _input_constants(checkpoint: Checkpoint, module: str) -> tuple[float, float]:
     """input_scale and input_offset."""
     scale = _channels(checkpoint, f"{module}.input_scale")

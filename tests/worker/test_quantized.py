@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -258,6 +259,51 @@ def test_projections_with_constants_of_their_own_are_not_merged(folder: Path, tm
     assert 0 < (got - want).norm() < 0.1 * want.norm()
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_norm_may_have_a_bias(folder: Path, tmp_path: Path, beside: bool) -> None:
+    """It reaches the layer behind as if it were part of that one's own."""
+    norm = "model.layers.1.input_layernorm."
+    torch.manual_seed(3)
+    shift = torch.randn(64) / 4
+    weight = load_file(folder / "float" / "model.safetensors")[f"{norm}weight"]
+    name = norm.replace(".", "__")
+    parts = {f"{name}bias": shift}
+    if beside:
+        parts = {f"{name}module__weight": weight, f"{name}module__bias": shift, f"{name}weight": weight * 7}
+    dequantised(folder / "w8a16", tmp_path / "float")
+    file = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(file)
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        module = f"model.layers.1.self_attn.{projection}"
+        tensors[f"{module}.bias"] += tensors[f"{module}.weight"] @ shift
+    save_file(tensors, file)
+    got = logits_of(change(folder / "w8a16", tmp_path / "m", **parts))
+    assert (got - logits_of(folder / "w8a16")).norm() > 0.03
+    torch.testing.assert_close(got, logits_of(tmp_path / "float"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_for_quantised_layers_needs_all_of_them(folder: Path, tmp_path: Path) -> None:
+    norm = "model__layers__0__post_attention_layernorm__module__"
+    spoiled = change(
+        folder / "w8a8_dynamic",
+        tmp_path / "m",
+        model__layers__0__mlp__up_proj__weight=torch.zeros(96, 64),
+        **{f"{norm}weight": torch.ones(64), f"{norm}bias": torch.ones(64)},
+    )
+    file = spoiled / "quant_model_description.json"
+    description = json.loads(file.read_text())
+    tensors = load_file(next(spoiled.glob("*.safetensors")))
+    for part in ("weight_scale", "weight_offset"):
+        tensors.pop(f"model.layers.0.mlp.up_proj.{part}")
+        description.pop(f"model.layers.0.mlp.up_proj.{part}")
+    save_file(tensors, next(spoiled.glob("*.safetensors")))
+    file.write_text(json.dumps({**description, "model.layers.0.mlp.up_proj.weight": "FLOAT"}))
+    with pytest.raises(
+        StartupError, match=r"post_attention_layernorm\.module\.weight .* all must be, or none"
+    ):
+        Harness(spoiled)
+
+
 @pytest.mark.parametrize(
     ("scheme", "tensors", "words"),
     [
@@ -266,6 +312,7 @@ def test_projections_with_constants_of_their_own_are_not_merged(folder: Path, tm
         ("w8a8", {f"{_Q}input_scale": torch.zeros(1)}, "input_scale must be above 0"),
         ("w8a8", {f"{_Q}input_offset": torch.tensor([0.5])}, "input_offset must be a whole number"),
         ("w8a16", {f"{_Q}weight": torch.ones(64, 32, dtype=torch.int8)}, "is [64, 32], expected [64, 64]"),
+        ("w8a16", {"model__layers__0__input_layernorm__bias": torch.ones(9)}, "is [9], expected [64]"),
         ("w8a16", {f"{_Q}strange": torch.ones(1)}, "q_proj.strange"),
     ],
 )

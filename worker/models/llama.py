@@ -17,16 +17,18 @@ from worker.kv_cache import KvCache
 from worker.kv_pages import KvPages
 from worker.layers.activation import silu_mul
 from worker.layers.adapted import AdaptedLinear, Projection, StepAdapters
-from worker.layers.norm import rms_norm
+from worker.layers.norm import Norm, rms_norm
 from worker.layers.quantized import SideBySide
 from worker.layers.rotary import RotaryTable, apply_rotary
 from worker.loader import Checkpoint
 from worker.platforms.base import Linear, Lookup, Platform
-from worker.quantised_weights import mergeable, take_quantised
+from worker.quantised_weights import mergeable, norm_tensors, take_quantised
 
 _EMBEDDING = "model.embed_tokens"
 _FINAL_NORM = "model.norm"
 _HEAD = "lm_head"
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
 class WeightReader:
@@ -44,6 +46,19 @@ class WeightReader:
         weight = self._checkpoint.take(f"{module}.weight", dtype=self._dtype).to(self._platform.device)
         self._checkpoint.release()
         return weight
+
+    def norm(self, prefix: str, module: str, followers: Sequence[str], eps: float) -> Norm:
+        """Of the layers named, which take what it gives."""
+        names = [f"{prefix}{name}" for name in followers]
+        weight, bias = norm_tensors(self._checkpoint, f"{prefix}{module}", names)
+        device = self._platform.device
+        norm = Norm(
+            self._checkpoint.take(weight, dtype=self._dtype).to(device),
+            None if bias is None else self._checkpoint.take(bias, dtype=self._dtype).to(device),
+            eps,
+        )
+        self._checkpoint.release()
+        return norm
 
     def linear(self, prefix: str, *modules: str, bias: bool = False) -> Linear:
         """The named projections merged into one, outputs in the order given."""
@@ -90,12 +105,12 @@ class DecoderLayer:
         self._num_heads = config.num_heads
         self._head_dim = config.head_dim
         self._rotated_heads = config.num_heads + config.num_kv_heads
-        self._eps = config.rms_norm_eps
-        self._input_norm = reader.plain(f"{prefix}input_layernorm")
-        self._qkv = reader.adapted(f"{prefix}self_attn.", "q_proj", "k_proj", "v_proj", bias=config.qkv_bias)
+        eps = config.rms_norm_eps
+        self._input_norm = reader.norm(prefix, "input_layernorm", _QKV, eps)
+        self._qkv = reader.adapted(prefix, *_QKV, bias=config.qkv_bias)
         self._output = reader.adapted(f"{prefix}self_attn.", "o_proj", bias=config.output_bias)
-        self._mlp_norm = reader.plain(f"{prefix}post_attention_layernorm")
-        self._gate_up = reader.adapted(f"{prefix}mlp.", "gate_proj", "up_proj", bias=config.mlp_bias)
+        self._mlp_norm = reader.norm(prefix, "post_attention_layernorm", _GATE_UP, eps)
+        self._gate_up = reader.adapted(prefix, *_GATE_UP, bias=config.mlp_bias)
         self._down = reader.adapted(f"{prefix}mlp.", "down_proj", bias=config.mlp_bias)
 
     def forward(
@@ -108,12 +123,12 @@ class DecoderLayer:
         v_cache: KvPages,
     ) -> None:
         """Adds this layer to the residual stream x, [T, hidden], in place."""
-        qkv = self._qkv(rms_norm(x, self._input_norm, self._eps)).view(len(x), -1, self._head_dim)
+        qkv = self._qkv(self._input_norm(x)).view(len(x), -1, self._head_dim)
         # queries and keys lie side by side: one rotation for both
         qk = apply_rotary(qkv[:, : self._rotated_heads], cos, sin)
         q, k, v = qk[:, : self._num_heads], qk[:, self._num_heads :], qkv[:, self._rotated_heads :]
         x += self._output(attention.forward(q, k, v, k_cache, v_cache))
-        x += self._down(silu_mul(self._gate_up(rms_norm(x, self._mlp_norm, self._eps))))
+        x += self._down(silu_mul(self._gate_up(self._mlp_norm(x))))
 
 
 class LlamaForCausalLM:
