@@ -41,14 +41,19 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def missing(self, seq: Sequence) -> int:
-        """Blocks the sequence still lacks for its uncomputed tokens, a copy of a shared one included."""
-        missing = max(0, self.blocks_for(seq.num_tokens) - len(seq.block_table))
+    def missing(self, seq: Sequence, ahead: int = 0) -> int:
+        """Blocks the sequence still lacks for its uncomputed tokens and `ahead` more, a copy of a shared one
+        included.
+        """
+        missing = max(0, self.blocks_for(seq.num_tokens + ahead) - len(seq.block_table))
         return missing + (self._shared_block(seq) is not None)
 
-    def grow(self, seq: Sequence) -> bool:
-        """Make room for the uncomputed tokens in blocks of its own; False, and no change, when short."""
-        if self.missing(seq) > self.num_free:
+    def grow(self, seq: Sequence, ahead: int = 0) -> bool:
+        """Make room for the uncomputed tokens, and for `ahead` that may follow, in blocks of its own.
+
+        False, and no change, when short.
+        """
+        if self.missing(seq, ahead) > self.num_free:
             return False
         shared = self._shared_block(seq)
         if shared is not None:
@@ -56,7 +61,7 @@ class BlockManager:
             seq.block_table[index] = self._take()
             self._copies[seq.block_table[index]] = shared
             self._drop(shared)
-        while len(seq.block_table) < self.blocks_for(seq.num_tokens):
+        while len(seq.block_table) < self.blocks_for(seq.num_tokens + ahead):
             seq.block_table.append(self._take())
         return True
 

@@ -104,7 +104,7 @@ class EngineCore:
         # nothing may be published between schedule and commit: it may find out that the endpoint is gone
         outcomes = [*self.scheduler.take_refused(), *self.scheduler.commit(plan, sampled, time.monotonic())]
         committed = clock()
-        self._publish(outcomes, plan.num_rows, int((computed - scheduled) * 1e6))
+        self._publish(outcomes, plan.num_rows - plan.num_guessed, int((computed - scheduled) * 1e6))
         published = clock()
         times.steps += 1
         times.receive += received - start

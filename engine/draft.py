@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from engine.block_manager import BlockManager
@@ -17,6 +19,7 @@ class Draft:
         self._ends: list[int] = []  # tokens of each row that are computed by the end of the step
         self._samples: list[Sequence] = []
         self._sample_rows: list[int] = []
+        self._guessed: list[int] = []  # of each row; only kept where somebody guesses
 
     def continue_all(self, group: SequenceGroup) -> None:
         """The uncomputed tokens of every branch, and the next one of each."""
@@ -25,6 +28,19 @@ class Draft:
         self._rows += live
         self._ends += [seq.num_tokens for seq in live]
         self._samples += live
+
+    def guess(self, group: SequenceGroup, counts: Mapping[Sequence, int]) -> None:
+        """The newest token of every branch, and as many guesses behind it; the next token after each of them.
+
+        The guesses lie in `Sequence.tokens`, beyond its end.
+        """
+        for seq in group.live:
+            rows = 1 + counts.get(seq, 0)
+            self._sample_rows += range(len(self._rows), len(self._rows) + rows)
+            self._rows += [seq] * rows
+            self._samples += [seq] * rows
+            self._ends += range(seq.num_tokens, seq.num_tokens + rows)
+            self._guessed += range(rows)
 
     def begin(self, group: SequenceGroup) -> None:
         """The rest of the prompt, from which all branches draw their first token."""
@@ -49,4 +65,5 @@ class Draft:
             sample_rows=None if same else np.array(self._sample_rows, np.int32),
             copies=blocks.take_copies(),
             ends=self._ends,
+            guessed=np.array(self._guessed, np.int32) if any(self._guessed) else None,
         )

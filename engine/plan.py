@@ -16,7 +16,7 @@ Int32Array = NDArray[np.int32]
 
 class StepKind(IntEnum):
     PREFILL = 1
-    DECODE = 2  # of each row its newest token
+    DECODE = 2  # of each row one token: the newest of its sequence, or one that is guessed to follow it
     MIXED = 3  # rows of both kinds, those of one token first
 
 
@@ -41,6 +41,7 @@ class StepPlan:
     samples: Seq[Sequence]  # [S] what is sampled for; `sequences` itself when S = R
     sample_rows: Int32Array | None = None  # [S] the row each sample reads; None: row s for sample s
     copies: Seq[tuple[int, int]] = field(default=())  # (source, destination) blocks, copied before the step
+    guessed: Int32Array | None = None  # [R] of a decode step: how many tokens up to the row's own are guessed
 
     @property
     def num_tokens(self) -> int:
@@ -49,6 +50,11 @@ class StepPlan:
     @property
     def num_rows(self) -> int:
         return len(self.context_len)
+
+    @property
+    def num_guessed(self) -> int:
+        """Rows that are guesses."""
+        return 0 if self.guessed is None else int(np.count_nonzero(self.guessed))
 
     def owed_scores(self, row: int) -> range:
         """Places of the tokens of a prompt that this row can judge, and that nobody has been told of."""
@@ -70,15 +76,21 @@ def build_plan(
     sample_rows: Int32Array | None = None,
     copies: Seq[tuple[int, int]] = (),
     ends: Seq[int] | None = None,
+    guessed: Int32Array | None = None,
 ) -> StepPlan:
     """Lay the uncomputed tokens of `sequences` out for one step; their blocks are already allocated.
 
-    `ends`: how many tokens of each are computed by the end of the step; None: all.
+    `ends`: how many tokens of each are computed by the end of the step; None: all. A sequence that guesses
+    is there with its newest token, then with each guess, as if they were neighbours in a batch: keys and
+    values of a layer are stored before any row looks at them.
     """
     rows = len(sequences)
     ends = [seq.num_tokens for seq in sequences] if ends is None else ends
     context_len = np.array(ends, np.int32)
-    computed = np.fromiter((seq.num_computed for seq in sequences), np.int32, rows)
+    if kind is StepKind.DECODE:
+        computed = context_len - 1
+    else:
+        computed = np.fromiter((seq.num_computed for seq in sequences), np.int32, rows)
     query_start = np.zeros(rows + 1, np.int32)
     np.cumsum(context_len - computed, out=query_start[1:])
 
@@ -88,7 +100,8 @@ def build_plan(
 
     if kind is StepKind.DECODE:
         positions = computed
-        input_ids = np.fromiter((seq.tokens[seq.num_computed] for seq in sequences), np.int32, rows)
+        newest = zip(sequences, ends, strict=True)
+        input_ids = np.fromiter((seq.tokens[end - 1] for seq, end in newest), np.int32, rows)
         row_of_token: NDArray[np.intp] = np.arange(rows)
     else:
         bounds = [(seq.num_computed, end) for seq, end in zip(sequences, ends, strict=True)]
@@ -110,4 +123,5 @@ def build_plan(
         samples=sequences if samples is None else samples,
         sample_rows=sample_rows,
         copies=copies,
+        guessed=guessed,
     )

@@ -20,6 +20,7 @@ from engine.outcome import FinishCode, Outcome
 from engine.plan import StepKind, StepPlan
 from engine.sequence import GroupStatus, Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
+from engine.speculation import Speculation
 
 log = logging.getLogger("llm.scheduler")
 request_log = logging.getLogger(REQUESTS)
@@ -49,6 +50,7 @@ class Scheduler:
         self._refused: list[Outcome] = []
         self._step_started = 0.0
         self._step_groups: list[SequenceGroup] = []
+        self.speculation = Speculation(limits, blocks) if limits.guess_length else None
 
     # -- requests coming and going ------------------------------------------------------------------
 
@@ -128,7 +130,7 @@ class Scheduler:
             self._protect_first_token(now)
         groups = self._decode_batch()
         if groups:
-            return self._plan(StepKind.DECODE, groups)
+            return self._plan_guesses(groups) if self.speculation else self._plan(StepKind.DECODE, groups)
         return None
 
     def commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Outcome]:
@@ -147,7 +149,12 @@ class Scheduler:
             outcomes += self._fail(self._by_id[seq.request_id])
         beams: dict[int, list[int]] = {}  # request -> its samples
         tokens = sampled.tokens.tolist()
+        counts = None
+        if plan.guessed is not None and self.speculation:
+            counts = self.speculation.judge(plan, tokens)
         for index, seq in enumerate(plan.samples):
+            if counts is not None and (seq.ended or not counts[index]):
+                continue  # nothing follows an end, or a wrong guess
             group = self._by_id[seq.request_id]
             if tokens[index] == NOT_YET:
                 self._hold_back(group, seq)
@@ -157,6 +164,9 @@ class Scheduler:
                 outcomes.append(self._commit_sample(group, seq, sampled, index))
         for request_id, indices in beams.items():
             outcomes += self._commit_beams(plan, sampled, indices, self._by_id[request_id])
+        if counts is not None:
+            for seq in plan.sequences:
+                seq.num_computed = seq.num_tokens - 1  # not what was computed behind a wrong guess
         for seq in plan.samples:
             self._by_id[seq.request_id].waited = 0.0
         for seq in plan.sequences:  # not sooner: a sample that is held back takes a token back
@@ -292,6 +302,16 @@ class Scheduler:
             else:
                 draft.begin(group)
         return draft.plan(kind, self.blocks)
+
+    def _plan_guesses(self, groups: list[SequenceGroup]) -> StepPlan:
+        """A decode step in which sequences are ahead of themselves."""
+        assert self.speculation is not None
+        counts = {} if self._blocks_low() else self.speculation.guess(groups)
+        self._step_groups = groups
+        draft = Draft()
+        for group in groups:
+            draft.guess(group, counts)
+        return draft.plan(StepKind.DECODE, self.blocks)
 
     # -- prefill ------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from engine.wire.messages import ENDED, PROBE
 
 if TYPE_CHECKING:
     from engine.beam import BeamSearch
+    from engine.speculation import GuessLength
 
 TokenArray = NDArray[np.int32]
 
@@ -33,6 +34,7 @@ class Sequence:
         "cache_salt",
         "cumulative_logprob",
         "ended",
+        "guess_length",
         "num_computed",
         "num_prompt",
         "num_published",
@@ -74,6 +76,7 @@ class Sequence:
         self.num_published = 0  # blocks at the beginning of the table that the prefix cache has been told of
         self.cumulative_logprob = 0.0  # of the output; kept for beams only
         self.ended = False
+        self.guess_length: GuessLength | None = None  # the scheduler's, where it guesses
         self.progress: object = None  # the sampler's: how far it has come in its grammar
         self.num_told = (
             0  # tokens of the prompt, after its first, that what the model thinks of is out already

@@ -7,10 +7,20 @@ said before nothing is guessed, and what keeps being wrong is guessed less and l
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
-TokenArray = NDArray[np.int32]
+import numpy as np
+
+from engine.block_manager import BlockManager
+from engine.plan import StepPlan
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence, SequenceGroup, TokenArray
+from engine.settings import ScheduleSettings
+
+# Rows of a decode step up to which guesses are added. A full step computes a row for every token anyway:
+# there a guess that is right gains nothing, and one that is wrong costs.
+_MOST_ROWS = 16
 
 _SHORTEST_MATCH = 2  # tokens: a single one stands everywhere
 _LONGEST_MATCH = 8  # longer ones do not guess better
@@ -71,3 +81,67 @@ class GuessLength:
             return
         self._misses += 1
         self._pause = min(2**self._misses, _LONGEST_PAUSE)
+
+
+class Speculation:
+    """The guesses of a scheduler's decode steps."""
+
+    def __init__(self, limits: ScheduleSettings, blocks: BlockManager) -> None:
+        self._longest = limits.guess_length
+        self._max_seq_len = limits.max_seq_len
+        self._blocks = blocks
+        self.num_guessed = 0  # tokens, since the start
+        self.num_right = 0  # of them, what the model said
+
+    def guess(self, groups: Seq[SequenceGroup]) -> Mapping[Sequence, int]:
+        """Write guesses behind the end of sequences that are to decode; how many each got, where any."""
+        counts: dict[Sequence, int] = {}
+        room = _MOST_ROWS - sum(len(group.live) for group in groups)
+        for group in groups:
+            if not _may_guess(group.params):
+                continue
+            for seq in group.live:
+                if room <= 0:
+                    return counts
+                if guess := self._guess(seq, room):
+                    counts[seq] = guess
+                    room -= guess
+        return counts
+
+    def _guess(self, seq: Sequence, room: int) -> int:
+        if seq.guess_length is None:
+            seq.guess_length = GuessLength(self._longest)
+        end = seq.num_tokens
+        # one token comes without a guess
+        left = min(seq.params.max_tokens - seq.num_output, self._max_seq_len - end) - 1
+        count = min(seq.guess_length.next(), room, left)
+        if count <= 0:
+            return 0
+        guess = look_up(seq.tokens[:end], count)
+        if not len(guess) or not self._blocks.grow(seq, ahead=count):
+            return 0
+        seq.tokens[end : end + count] = guess
+        return count
+
+    def judge(self, plan: StepPlan, tokens: Seq[int]) -> Seq[bool]:
+        """Which samples of a step with guesses count: those behind a wrong guess do not.
+
+        `tokens`: [S] what was sampled for each row. To be called before any of it is committed.
+        """
+        assert plan.guessed is not None
+        counts = [True] * len(tokens)
+        verdicts: dict[Sequence, list[bool]] = {}
+        for row in np.flatnonzero(plan.guessed).tolist():
+            counts[row] = counts[row - 1] and tokens[row - 1] == plan.input_ids[row]
+            verdicts.setdefault(plan.sequences[row], []).append(counts[row])
+        for seq, verdict in verdicts.items():
+            assert seq.guess_length is not None
+            seq.guess_length.tell(len(verdict), sum(verdict))
+            self.num_guessed += len(verdict)
+            self.num_right += sum(verdict)
+        return counts
+
+
+def _may_guess(params: SamplingParams) -> bool:
+    """Whether the distribution of a token depends on those before it through the model alone."""
+    return not (params.beam_search or params.edits_logits)

@@ -54,7 +54,7 @@ class LeaderExecutor:
             return Sampled(np.empty(0, np.int32))
         if plan.sample_rows is not None:
             logits = logits[torch.from_numpy(plan.sample_rows)]
-        tokens = self.sampler.sample(logits, plan.samples)
+        tokens = self.sampler.sample(logits, plan.samples, plan.guessed)
         return with_logprobs(logits, plan.samples, tokens, self.runner.eos_token_ids)
 
     def _forward(self, plan: StepPlan, prompts: PromptLogprobs | None) -> tuple[Tensor, list[Sequence]]:

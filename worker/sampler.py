@@ -44,8 +44,12 @@ class Sampler:
             assert self._grammars is not None
             self._grammars.expect(bound)
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> NDArray[np.int32]:
+    def sample(
+        self, logits: Tensor, sequences: Seq[Sequence], guessed_before: NDArray[np.int32] | None = None
+    ) -> NDArray[np.int32]:
         """logits: [R, vocab], not modified; row r belongs to sequences[r] -> the next token of each, [R].
+
+        `guessed_before`: [R] tokens that have been guessed between a sequence's newest token and this one.
 
         A row whose logits hold NaN or +Inf or that cannot be sampled gets NO_TOKEN, one whose grammar cannot
         go on NO_CONTINUATION, and one whose grammar does not know yet NOT_YET: it has to be asked for again.
@@ -67,10 +71,10 @@ class Sampler:
             if bound:
                 assert self._grammars is not None
                 self._grammars.collect(bound, alone=len(bound) == len(sequences))
-            uniforms = uniform(
-                np.array([sequence.seed for sequence in own], np.uint64),
-                np.array([sequence.num_output for sequence in own], np.uint64),
-            )
+            positions = np.array([sequence.num_output for sequence in own], np.uint64)
+            if guessed_before is not None:
+                positions += guessed_before[rows].astype(np.uint64)
+            uniforms = uniform(np.array([sequence.seed for sequence in own], np.uint64), positions)
             copies = self._copy(logits, rows)
             tokens[rows] = [
                 self._guarded_row(*row) for row in zip(copies, own, uniforms.tolist(), strict=True)
