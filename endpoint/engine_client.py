@@ -520,4 +520,6 @@ def _occupancy(link: InstanceLink) -> Occupancy:
         stats.preemptions,
         stats.prefix_tokens,
         stats.prefix_hits,
+        stats.guessed_tokens,
+        stats.right_guesses,
     )

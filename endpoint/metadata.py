@@ -30,6 +30,8 @@ class Occupancy:
     preemptions: int = 0  # since start, as the others below
     prefix_tokens: int = 0  # of prompts, looked up in the prefix cache
     prefix_hits: int = 0  # of them, found there
+    guessed_tokens: int = 0  # by speculative decoding
+    right_guesses: int = 0  # of them, what the model said
 
 
 def server_metadata(schedule: ScheduleSettings, prefill_policy: int = 0, decode_policy: int = 0) -> bytes:

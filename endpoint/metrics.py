@@ -147,6 +147,8 @@ class Metrics:
         self._tokens = _TokenCollector(model_name)
         self._registry.register(self._tokens)
         self._failed_share = self._gauge("failed_request_perc", "failed / received")
+        self._guessed = self._counter("mindie_guessed_tokens", "tokens that speculative decoding has guessed")
+        self._right = self._counter("mindie_right_guesses", "guessed tokens that were what the model says")
         self._running = self._gauge("num_requests_running", "in the engine's batch")
         self._waiting = self._gauge("num_requests_waiting", "in the engine's queue")
         self._swapped = self._gauge("num_requests_swapped", "swapped out")
@@ -173,6 +175,8 @@ class Metrics:
         self._new_preemptions = _Growth(lambda instance: instance.preemptions)
         self._new_looked_up = _Growth(lambda instance: instance.prefix_tokens)
         self._new_hits = _Growth(lambda instance: instance.prefix_hits)
+        self._new_guessed = _Growth(lambda instance: instance.guessed_tokens)
+        self._new_right = _Growth(lambda instance: instance.right_guesses)
 
     def watch_refusals(self, counts: Mapping[str, int]) -> None:
         """Show `counts`, which its owner keeps: requests turned away since the start, by reason."""
@@ -238,6 +242,8 @@ class Metrics:
         self._preemptions.inc(self._new_preemptions.of(instances))
         self._looked_up.inc(self._new_looked_up.of(instances))
         self._hits.inc(self._new_hits.of(instances))
+        self._guessed.inc(self._new_guessed.of(instances))
+        self._right.inc(self._new_right.of(instances))
         looked_up = _value(self._looked_up)
         self._hit_rate.set(_value(self._hits) / looked_up if looked_up else 0.0)
         self._cache_usage.set((total - free) / total if total else 0.0)

@@ -209,6 +209,8 @@ class EngineCore:
                 free_blocks=scheduler.blocks.num_free,
                 prefix_tokens=scheduler.num_prefix_tokens,
                 prefix_hits=scheduler.num_prefix_hits,
+                guessed_tokens=scheduler.speculation.num_guessed if scheduler.speculation else 0,
+                right_guesses=scheduler.speculation.num_right if scheduler.speculation else 0,
             )
         )
         if idle:

@@ -77,6 +77,8 @@ class EngineStats:
     free_blocks: int
     prefix_tokens: int  # of prompts, looked up in the prefix cache since start
     prefix_hits: int  # of them, found there
+    guessed_tokens: int = 0  # by speculative decoding since start
+    right_guesses: int = 0  # of them, what the model said
 
 
 @dataclass(frozen=True, slots=True)
