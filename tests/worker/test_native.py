@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from worker.native import NativeLinear, w8a8_linear
+from worker.layers.int8_product import int8_product
+from worker.layers.quantized import W8A8Dynamic, W8A8Linear, W8A8Static, W8A8StaticLinear
+from worker.native import NativeInt8Linear, NativeLinear
 from worker.native.build import library_path
-from worker.native.int8 import PackedInt8
 from worker.native.library import Kernels, all_kernels
 
 SHAPES = ((32, 4), (33, 5), (70, 130), (1, 1), (100, 1217))  # outputs, inputs
@@ -94,13 +95,10 @@ def test_linears_equal_torch_and_a_row_does_not_depend_on_the_others(
             assert torch.equal(linear(x.t().contiguous().t()), got)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_come_back_whole_and_by_row(kernels: Kernels, dtype: torch.dtype) -> None:
     for outputs, inputs in SHAPES:
-        weight = torch.randint(-127, 128, (outputs, inputs)).to(dtype)
-        if dtype is torch.int8:
-            assert torch.equal(PackedInt8(weight, kernels).dense(), weight)
-            continue
+        weight = torch.randn(outputs, inputs).to(dtype)
         linear = NativeLinear(weight, None, kernels)
         chosen = torch.randint(0, outputs, (9,), dtype=torch.int32)
         assert torch.equal(linear.dense(), weight)
@@ -108,28 +106,37 @@ def test_weights_come_back_whole_and_by_row(kernels: Kernels, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("static", [(None, 0), (0.02, 0), (0.01, -7)])
-def test_int8_equals_its_twin_to_the_bit(
-    kernels: Kernels, threads: int, dtype: torch.dtype, static: tuple[float | None, int]
-) -> None:
+def test_int8_equals_its_twins_to_the_bit(kernels: Kernels, threads: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for outputs, inputs in (*SHAPES, (500, 300)):
         weight = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
-        packed, twin = PackedInt8(weight, kernels), PackedInt8(weight, None)
-        scale = torch.rand(outputs) * 0.01
-        for bias in (torch.randn(outputs), None):
+        scale, bias = torch.rand(outputs) * 0.01, torch.randn(outputs)
+        whole = torch.randint(-3000, 3000, (outputs,), dtype=torch.int32)
+        given: list[W8A8Dynamic | W8A8Static] = [
+            W8A8Dynamic(weight, scale, None),
+            W8A8Dynamic(weight, scale, bias),
+            W8A8Static(weight, 0.02, -7.0, whole, scale),
+        ]
+        for parts in given:
+            native = NativeInt8Linear(parts, kernels)
+            twin = (
+                W8A8Linear(parts, int8_product)
+                if isinstance(parts, W8A8Dynamic)
+                else W8A8StaticLinear(parts, int8_product)
+            )
+            assert torch.equal(native.dense(), weight)
             for rows in ROWS:
                 x = (torch.randn(rows, inputs + 2) * 3).to(dtype)[:, :inputs]
                 x[rows // 2] = 0
-                want = w8a8_linear(x, twin, scale, bias, *static)
-                assert torch.equal(w8a8_linear(x, packed, scale, bias, *static), want), (outputs, rows)
+                assert torch.equal(native(x), twin(x)), (outputs, inputs, rows, type(parts))
 
 
 def test_an_int8_row_without_a_scale_is_nan_and_harms_no_other(kernels: Kernels) -> None:
-    packed = PackedInt8(torch.ones(40, 24, dtype=torch.int8), kernels)
+    native = NativeInt8Linear(
+        W8A8Dynamic(torch.ones(40, 24, dtype=torch.int8), torch.ones(40), None), kernels
+    )
     x = torch.ones(4, 24)
     x[1, 5], x[2, 6] = torch.nan, torch.inf
-    y = w8a8_linear(x, packed, torch.ones(40))
+    y = native(x)
     assert y[1:3].isnan().all()
-    twin = w8a8_linear(x, PackedInt8(packed.dense(), None), torch.ones(40))
-    assert torch.equal(y.nan_to_num(0), twin.nan_to_num(0)) and y[[0, 3]].isfinite().all()
+    assert torch.equal(y[[0, 3]], native(torch.ones(2, 24)))

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from worker.layers.linear import Scratch
-from worker.native import pack_w8a8, w8a8_linear
 
 Int8Product = Callable[[Tensor, Tensor], Tensor]  # see worker/layers/int8_product.py
 
@@ -96,27 +95,6 @@ class W8A8Linear:
         if given.bias is not None:
             y.add_(given.bias)
         return y.to(x.dtype)
-
-
-class CompiledW8A8Linear:
-    """The same arithmetic in one call of our own kernel, up to the rounding of what is half a step."""
-
-    def __init__(self, given: W8A8Static | W8A8Dynamic) -> None:
-        """Where nothing is compiled, the kernel's twin computes."""
-        self._packed = pack_w8a8(given.weight)
-        self._input_scale: float | None = None
-        self._input_offset = 0
-        if isinstance(given, W8A8Dynamic):
-            self._scale, self._bias = given.scale, given.bias
-        else:
-            self._input_scale, self._input_offset = given.input_scale, int(given.input_offset)
-            self._scale = given.deq_scale / given.input_scale
-            folded = given.quant_bias + self._packed.sums * self._input_offset
-            self._bias = folded.float() * given.deq_scale
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [rows, in] -> [rows, out]."""
-        return w8a8_linear(x, self._packed, self._scale, self._bias, self._input_scale, self._input_offset)
 
 
 class W8A16Linear:

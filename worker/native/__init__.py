@@ -3,8 +3,8 @@
 The twins are what the tests compare with, and what computes where nothing is compiled (build.py).
 """
 
-from worker.native.int8 import PackedInt8, pack_w8a8, w8a8_linear
+from worker.native.int8 import NativeInt8Linear
 from worker.native.library import Kernels, kernels
 from worker.native.linear import NativeLinear
 
-__all__ = ["Kernels", "NativeLinear", "PackedInt8", "kernels", "pack_w8a8", "w8a8_linear"]
+__all__ = ["Kernels", "NativeInt8Linear", "NativeLinear", "kernels"]

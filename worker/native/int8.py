@@ -1,4 +1,4 @@
-"""Linear layers of int8 weights and activations: the compiled kernel, or its twin out of torch."""
+"""Linear layers of int8 weights and activations through the compiled kernel."""
 
 from __future__ import annotations
 
@@ -7,97 +7,51 @@ import ctypes
 import torch
 from torch import Tensor
 
+from worker.layers.quantized import W8A8Dynamic, W8A8Static
 from worker.native.layout import dense_from_panels, to_panels
-from worker.native.library import IS_BF16, WEIGHTS_S8, Kernels, LinearStruct, kernels
+from worker.native.library import IS_BF16, WEIGHTS_S8, Kernels, LinearStruct
 
 _GROUP = 4  # inputs that lie together
+_SHIFT = 128  # added to inputs, which the processor's instruction takes without a sign
 
 
-class PackedInt8:
-    """An int8 weight laid out for the kernel, or as it was where there is none."""
+class NativeInt8Linear:
+    """Its twins are W8A8Linear and W8A8StaticLinear, to the bit."""
 
-    def __init__(self, weight: Tensor, with_kernels: Kernels | None) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.kernels = with_kernels
-        self.sums = weight.sum(1, dtype=torch.int32)
-        self.data = to_panels(weight, _GROUP) if with_kernels else weight.contiguous()
-        self.struct = LinearStruct(
-            weight=self.data.data_ptr(),
-            sums=self.sums.data_ptr(),
+    def __init__(self, given: W8A8Dynamic | W8A8Static, kernels: Kernels) -> None:
+        """The caller drops the weight."""
+        self.out_features, self.in_features = given.weight.shape
+        self._data = to_panels(given.weight, _GROUP)
+        self._correction = given.weight.sum(1, dtype=torch.int32) * -_SHIFT
+        self._struct = struct = LinearStruct(
+            weight=self._data.data_ptr(),
+            correction=self._correction.data_ptr(),
             in_features=self.in_features,
             out_features=self.out_features,
             weights=WEIGHTS_S8,
         )
+        if isinstance(given, W8A8Static):
+            self._correction += given.quant_bias
+            self._scale, self._bias = given.deq_scale.contiguous(), None
+            struct.input_scale, struct.input_offset = given.input_scale, given.input_offset
+        else:
+            self._scale = given.scale.contiguous()
+            self._bias = None if given.bias is None else given.bias.contiguous()
+            struct.bias = None if self._bias is None else self._bias.data_ptr()
+        struct.scale = self._scale.data_ptr()
+        self._address = ctypes.addressof(struct)
+        self._run = kernels.linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: float32 or bfloat16 [rows, in] -> [rows, out]. A row with an infinity or a NaN becomes NaN."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        rows = x.shape[0]
+        y = x.new_empty((rows, self.out_features))
+        if self._run(self._address, x.data_ptr(), x.stride(0), y.data_ptr(), rows, IS_BF16[x.dtype]):
+            raise MemoryError
+        return y
 
     def dense(self) -> Tensor:
-        """int8 [out, in]; a copy where it was laid out anew."""
-        if self.kernels is None:
-            return self.data
-        return dense_from_panels(self.data, self.out_features, self.in_features)
-
-
-def pack_w8a8(weight: Tensor) -> PackedInt8:
-    """weight: int8 [out, in], which the caller may drop."""
-    return PackedInt8(weight, kernels())
-
-
-def w8a8_linear(
-    x: Tensor,
-    packed: PackedInt8,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    input_scale: float | None = None,
-    input_offset: int = 0,
-) -> Tensor:
-    """x: float32 or bfloat16 [rows, in] -> x times the weight plus the bias, [rows, out] in x's dtype.
-
-    weight_scale: float32 [out], contiguous; bias: the same, or None.
-
-    Rows are quantised to the nearest of 255 steps, the largest value of a row being 127 (dynamic); with an
-    `input_scale` to round(x / input_scale) + input_offset within -128..127 (static). Products are added up
-    exactly, so a row's bits do not depend on the other rows. A row that holds an infinity or a NaN has no
-    scale of its own: its results are NaN.
-    """
-    if packed.kernels is None:
-        return twin_of_w8a8_linear(x, packed, weight_scale, bias, input_scale, input_offset)
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    struct = packed.struct
-    struct.scale = weight_scale.data_ptr()
-    struct.bias = None if bias is None else bias.data_ptr()
-    struct.input_scale = input_scale or 0.0
-    struct.input_offset = input_offset
-    y = x.new_empty((x.shape[0], packed.out_features))
-    if packed.kernels.linear(
-        ctypes.addressof(struct), x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0], IS_BF16[x.dtype]
-    ):
-        raise MemoryError
-    return y
-
-
-def twin_of_w8a8_linear(
-    x: Tensor,
-    packed: PackedInt8,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    input_scale: float | None = None,
-    input_offset: int = 0,
-) -> Tensor:
-    """`w8a8_linear` out of torch operators, to the same bits."""
-    wide = x.float()
-    if input_scale is None:
-        largest = wide.abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST)
-        scale = torch.where(largest.isfinite(), largest / 127, torch.nan)
-        inverse = torch.full_like(largest, 127) / largest  # 127 / largest would round twice
-        quantised = (wide * inverse).round().nan_to_num(0.0)
-    else:
-        scale = torch.full((len(x), 1), input_scale)
-        inverse = 1 / torch.tensor(input_scale, dtype=torch.float32)
-        shifted = (wide * inverse).round() + input_offset
-        quantised = shifted.nan_to_num(-128.0).clamp(-128, 127)
-    sums = torch._int_mm(quantised.to(torch.int8), packed.dense().t())
-    result = (sums - input_offset * packed.sums).float() * (weight_scale * scale)
-    return (result if bias is None else result + bias).to(x.dtype)
-
-
-_SMALLEST = 1e-30  # a row of zeros has a scale too
+        """A copy of the weight as it was, int8 [out, in]."""
+        return dense_from_panels(self._data, self.out_features, self.in_features)

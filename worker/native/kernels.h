@@ -13,13 +13,13 @@ enum Weights : int32_t {
 struct Linear {
     const void* weight;   // packed; both counts filled up with zeros
     const float* scale;   // [out], of int8 weights
-    const int32_t* sums;  // [out], of int8 weights: the sum over the inputs
+    const int32_t* correction;  // [out], of int8 weights: added to the sums of (input + 128) * weight
     const float* bias;    // [out] or null
     int64_t in;
     int64_t out;
     int32_t weights;      // enum Weights
-    float input_scale;    // of int8: 0 = each row has its own
-    int32_t input_offset; // of int8 with an input_scale
+    float input_scale;    // of int8: rows become round(x / input_scale + input_offset); 0: each has its own scale
+    float input_offset;
 };
 
 struct Attention {

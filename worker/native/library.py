@@ -33,13 +33,13 @@ class LinearStruct(ctypes.Structure):
     _fields_ = (
         ("weight", _POINTER),
         ("scale", _POINTER),
-        ("sums", _POINTER),
+        ("correction", _POINTER),
         ("bias", _POINTER),
         ("in_features", _INT64),
         ("out_features", _INT64),
         ("weights", _INT32),
         ("input_scale", _FLOAT),
-        ("input_offset", _INT32),
+        ("input_offset", _FLOAT),
     )
 
 

@@ -95,8 +95,8 @@ struct Int8 {
     static constexpr int inputs = 4, elements = 1, bytes = 4 * PANEL;
 
     static INLINE vf value(const Linear* linear, vi sum, float row_scale, int64_t column, int64_t count) {
-        vi offset = load_some<vi>(linear->sums + column, count) * (128 + linear->input_offset);
-        return __builtin_convertvector(sum - offset, vf) * (load_some<vf>(linear->scale + column, count) * row_scale);
+        vf whole = __builtin_convertvector(sum + load_some<vi>(linear->correction + column, count), vf);
+        return whole * load_some<vf>(linear->scale + column, count) * row_scale;
     }
 
     template <int M> static INLINE void step(Sum (&sum)[M][VECTORS], const X* x, const char* w) {
@@ -129,6 +129,7 @@ struct Tiles {
 struct Prepared {
     char* rows;     // tile by tile: [steps, elements, rows of the tile]
     float* scales;  // [rows], of int8
+    uint8_t* bytes; // [threads, steps, 4], of int8
 };
 
 template <class T> INLINE void prepare_row(Float, const T* x, int64_t in, int64_t, float* to, int m, int tile) {
@@ -148,50 +149,55 @@ INLINE void prepare_row(Bf16Dot, const bf16* x, int64_t in, int64_t, uint32_t* t
 }
 #endif
 
-// Rows are stored plus 128: the instruction takes the left side without a sign.
-template <class T> INLINE float quantise_row(const Linear* linear, const T* x, uint32_t* to, int m, int tile, int64_t steps) {
-    int64_t in = linear->in, whole = in - in % LANES;
-    float scale = linear->input_scale, offset = 128.f + (float)linear->input_offset, inverse;
+// The largest magnitude of a row as the bits of a float: so an infinity is larger than all numbers, and NaN than that.
+template <class T> INLINE uint32_t largest_bits(const T* x, int64_t in) {
+    vu largest = {};
+    uint32_t parts[LANES], result = 0;
+    int64_t k = 0;
+    for (; k + LANES <= in; k += LANES) {
+        vu bits = (vu)load(x + k) & 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+    }
+    store_as(parts, largest);
+    for (int i = 0; i < LANES; i++) result = parts[i] > result ? parts[i] : result;
+    for (; k < in; k++) {
+        float value = to_float(x[k]);
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        bits &= 0x7fffffffu;
+        result = bits > result ? bits : result;
+    }
+    return result;
+}
+
+// The row's scale; `to` gets its whole numbers plus 128, as the instruction takes the left side without a sign.
+template <class T> float quantise_row(const Linear* linear, const T* x, uint8_t* to) {
+    float scale = linear->input_scale, result = 1;
     if (scale == 0) {
-        vu largest = {};
-        uint32_t rest = 0, parts[LANES];
-        for (int64_t k = 0; k < whole; k += LANES) {
-            vu size = (vu)load(x + k) & 0x7fffffffu;
-            largest = size > largest ? size : largest;
-        }
-        store_as(parts, largest);
-        for (int i = 0; i < LANES; i++) rest = parts[i] > rest ? parts[i] : rest;
-        for (int64_t k = whole; k < in; k++) {
-            float value = to_float(x[k]);
-            uint32_t size;
-            memcpy(&size, &value, 4);
-            size &= 0x7fffffffu;
-            rest = size > rest ? size : rest;
-        }
-        float amax;
-        memcpy(&amax, &rest, 4);
-        if (rest >= 0x7f800000u) {  // a row with an infinity or a NaN has no scale
-            for (int64_t k = 0; k < steps; k++) to[k * tile + m] = 0;
+        uint32_t bits = largest_bits(x, linear->in);
+        memcpy(&scale, &bits, 4);
+        if (bits >= 0x7f800000u) {  // an infinity or a NaN: no number of the row has a meaning
+            memset(to, 0, linear->in);
             return __builtin_nanf("");
         }
-        if (amax < 1e-30f) amax = 1e-30f;
-        scale = amax / 127.f;
-        inverse = 127.f / amax;
-        offset = 128.f;
-    } else {
-        inverse = 1.f / scale;
+        scale /= 127.f;
+        if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
+        result = scale;
     }
-    for (int64_t k = 0; k < steps; k++) {
-        uint32_t quad = 0;
-        int64_t left = in - 4 * k;
-        for (int i = 0; i < (left < 4 ? left : 4); i++) {
-            float value = __builtin_rintf(to_float(x[4 * k + i]) * inverse) + offset;
-            value = value > 0 ? value : 0;  // NaN as well
-            quad |= (uint32_t)(value < 255.f ? value : 255.f) << 8 * i;
-        }
-        to[k * tile + m] = quad;
+    for (int64_t k = 0; k < linear->in; k += LANES) {
+        int64_t count = linear->in - k;
+        vf part = {};
+        if (count >= LANES)
+            part = load(x + k);
+        else
+            for (int64_t i = 0; i < count; i++) part[i] = to_float(x[k + i]);
+        part = part / scale + linear->input_offset;
+        part = part > -128.f ? part : splat(-128.f);  // NaN as well
+        part = part < 127.f ? part : splat(127.f);
+        part += 12582912.f + 128.f;  // rounds to a whole number, in the lowest bits
+        store_some(to + k, __builtin_convertvector((vu)part & 0xffu, bytes_of_vu), count);
     }
-    return scale;
+    return result;
 }
 
 template <class W, class T>
@@ -203,9 +209,12 @@ INLINE void prepare(const Linear* linear, const T* x, int64_t x_stride, int64_t 
     X* to = (X*)prepared.rows + first * steps * W::elements;
     for (int m = 0; m < size; m++) {
         const T* row = x + (first + m) * x_stride;
-        if constexpr (__is_same(W, Int8))
-            prepared.scales[first + m] = quantise_row(linear, row, to, m, size, steps);
-        else
+        if constexpr (__is_same(W, Int8)) {
+            uint8_t* whole = prepared.bytes + omp_get_thread_num() * steps * 4;
+            memset(whole + steps * 4 - 4, 0, 4);
+            prepared.scales[first + m] = quantise_row(linear, row, whole);
+            for (int64_t k = 0; k < steps; k++) memcpy(&to[k * size + m], whole + 4 * k, 4);
+        } else
             prepare_row(W(), row, linear->in, steps, to, m, size);
     }
 }
@@ -263,14 +272,15 @@ int32_t run(const Linear* linear, const T* x, int64_t x_stride, T* y, int64_t ro
     int64_t panels = (linear->out + PANEL - 1) / PANEL;
     int64_t row_bytes = steps * W::elements * sizeof(typename W::X);
     Tiles tiles(rows);
+    int threads = rows * linear->in * linear->out < SERIAL ? 1 : omp_get_max_threads();
     Prepared prepared;
-    prepared.rows = scratch<0>(rows * (row_bytes + sizeof(float)));
+    prepared.rows = scratch<0>(rows * (row_bytes + sizeof(float)) + threads * steps * 4);
     if (!prepared.rows) return 1;
     prepared.scales = (float*)(prepared.rows + rows * row_bytes);
+    prepared.bytes = (uint8_t*)(prepared.scales + rows);
     int64_t block = BLOCK_BYTES / (TILE * row_bytes);
     if (block < 1) block = 1;
     int64_t blocks = (tiles.count + block - 1) / block;
-    int threads = rows * linear->in * linear->out < SERIAL ? 1 : omp_get_max_threads();
     bool together = rows * linear->in >= SHARED;  // else the threads need not wait for each other once more
     if (!together)
         for (int64_t t = 0; t < tiles.count; t++) prepare<W>(linear, x, x_stride, steps, prepared, tiles, t);

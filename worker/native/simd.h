@@ -26,6 +26,7 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t half_vu __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes_of_vu __attribute__((vector_size(LANES)));
 
 #define INLINE inline __attribute__((always_inline))
 

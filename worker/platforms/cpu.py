@@ -26,14 +26,14 @@ from worker.layers.linear import (
 )
 from worker.layers.quantized import (
     W8A16,
-    CompiledW8A8Linear,
     QuantisedWeight,
+    W8A8Dynamic,
     W8A8Linear,
     W8A8Static,
     W8A8StaticLinear,
     W8A16Linear,
 )
-from worker.native import NativeLinear, kernels
+from worker.native import NativeInt8Linear, NativeLinear, kernels
 from worker.platforms.base import DTypeName, Linear, Lookup
 from worker.platforms.cpu_kernels import LinearKernels, probe_linears
 from worker.platforms.int8_kernels import Int8Kernels, probe_int8
@@ -126,13 +126,16 @@ class CpuPlatform:
     def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
         self.choose_int8_kernels(dtype)
         assert self._int8 is not None
-        if isinstance(given, W8A16):
-            return self._pack_w8a16(given, dtype, self._int8.few_rows)
-        if self._int8.native and kernels() is not None:
-            return CompiledW8A8Linear(given)
-        if isinstance(given, W8A8Static):
-            return W8A8StaticLinear(given, self._int8.product)
-        return W8A8Linear(given, self._int8.product)
+        compiled = kernels() if self._int8.native else None
+        if compiled is not None and isinstance(given, W8A8Static | W8A8Dynamic):
+            return NativeInt8Linear(given, compiled)
+        match given:
+            case W8A8Static():
+                return W8A8StaticLinear(given, self._int8.product)
+            case W8A8Dynamic():
+                return W8A8Linear(given, self._int8.product)
+            case W8A16():
+                return self._pack_w8a16(given, dtype, self._int8.few_rows)
 
     def _pack_w8a16(self, given: W8A16, dtype: torch.dtype, few_rows: int) -> Linear:
         """Its products are sums of fractions again, so it matters for a row in how many it is."""

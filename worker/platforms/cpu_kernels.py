@@ -24,7 +24,7 @@ _SHAPE = (2048, 1024)
 _DECODE_ROWS = (1, 8)
 _PREFILL_ROWS = 512
 # steps of each size in a service with short prompts: what is gained here may be lost there
-STEPS = {1: 16.0, 8: 16.0, _PREFILL_ROWS: 0.5}
+_STEPS = {1: 16.0, 8: 16.0, _PREFILL_ROWS: 0.5}
 
 Native = Literal["", "float32", "dot"]
 
@@ -74,16 +74,13 @@ def _native_if_faster(torch_best: Callable[[Tensor], Tensor], weight: Tensor) ->
     compiled = kernels()
     if compiled is None or weight.dtype not in _NATIVE:
         return ""
-    inputs = {rows: torch.ones(rows, _SHAPE[1], dtype=weight.dtype) for rows in STEPS}
-
-    def seconds(run: Callable[[Tensor], Tensor]) -> float:
-        tries = {rows: 20 if rows < _PREFILL_ROWS else 4 for rows in STEPS}
-        return sum(STEPS[rows] * fastest(run, x, tries[rows]) for rows, x in inputs.items())
-
     ways = [way for way in _NATIVE[weight.dtype] if way != "dot" or compiled.has_bf16_dot]
-    times = {way: seconds(NativeLinear(weight, None, compiled, dot=way == "dot")) for way in ways}
+    times = {
+        way: steps_take(NativeLinear(weight, None, compiled, dot=way == "dot"), _SHAPE[1], weight.dtype)
+        for way in ways
+    }
     best = min(times, key=lambda way: times[way])
-    return best if times[best] <= 1.1 * seconds(torch_best) else ""
+    return best if times[best] <= 1.1 * steps_take(torch_best, _SHAPE[1], weight.dtype) else ""
 
 
 _NATIVE: dict[torch.dtype, tuple[Native, ...]] = {
@@ -96,6 +93,13 @@ def _upcasting_is_faster(narrow: PlainLinear | PackedLinear, dtype: torch.dtype)
     x = torch.ones(_PREFILL_ROWS, _SHAPE[1], dtype=dtype)
     upcasting = UpcastingLinear(narrow, Float32Scratch())
     return fastest(upcasting, x, tries=4) < 0.9 * fastest(narrow, x, tries=4)
+
+
+def steps_take(run: Callable[[Tensor], Tensor], in_features: int, dtype: torch.dtype) -> float:
+    """Seconds of the steps in `_STEPS`."""
+    tries = {rows: 20 if rows < _PREFILL_ROWS else 4 for rows in _STEPS}
+    inputs = {rows: torch.ones(rows, in_features, dtype=dtype) for rows in _STEPS}
+    return sum(_STEPS[rows] * fastest(run, x, tries[rows]) for rows, x in inputs.items())
 
 
 def fastest(run: Callable[[Tensor], Tensor], x: Tensor, tries: int) -> float:

@@ -9,16 +9,9 @@ import torch
 
 from worker.layers.int8_product import int8_product, int8_product_in_float32
 from worker.layers.linear import Scratch
-from worker.layers.quantized import (
-    W8A16,
-    CompiledW8A8Linear,
-    Int8Product,
-    W8A8Dynamic,
-    W8A8Linear,
-    W8A16Linear,
-)
-from worker.native import kernels
-from worker.platforms.cpu_kernels import STEPS, fastest
+from worker.layers.quantized import W8A16, Int8Product, W8A8Dynamic, W8A8Linear, W8A16Linear
+from worker.native import NativeInt8Linear, kernels
+from worker.platforms.cpu_kernels import fastest, steps_take
 
 log = logging.getLogger("llm.platform")
 
@@ -30,34 +23,26 @@ _FEW_ROWS = (1, 2, 4, 8, 16)
 class Int8Kernels:
     operator: bool  # torch's own product of int8 matrices
     few_rows: int  # w8a16: up to so many rows by torch's kernel for int8 weights
-    native: bool = False  # w8a8: by our own kernel
+    native: bool = False  # w8a8: our own instead
 
     @property
     def product(self) -> Int8Product:
         return int8_product if self.operator else int8_product_in_float32
 
     def __str__(self) -> str:
-        return "compiled here" if self.native else "by torch" if self.operator else "in float32"
+        if self.native:
+            return "compiled here"
+        return "by torch" if self.operator else "in float32"
 
 
 def probe_int8(dtype: torch.dtype) -> Int8Kernels:
     operator = _is_exact(int8_product)
-    chosen = Int8Kernels(operator, _few_rows(dtype))
-    if kernels() is not None and _native_is_faster(chosen.product, dtype):
-        return replace(chosen, native=True)
+    found = Int8Kernels(operator, _few_rows(dtype))
+    if _native_is_faster(found.product, dtype):
+        return replace(found, native=True)
     if not operator:
         log.warning("this torch has no exact product of int8 matrices here: float32 is used, which is slower")
-    return chosen
-
-
-def _native_is_faster(product: Int8Product, dtype: torch.dtype) -> bool:
-    """One layout for all numbers of rows, so one answer for all."""
-    given = W8A8Dynamic(torch.ones(_SHAPE, dtype=torch.int8), torch.ones(_SHAPE[0]), None)
-    seconds = []
-    for layer in (CompiledW8A8Linear(given), W8A8Linear(given, product)):
-        inputs = {rows: torch.ones(rows, _SHAPE[1], dtype=dtype) for rows in STEPS}
-        seconds.append(sum(STEPS[rows] * fastest(layer, x, tries=5) for rows, x in inputs.items()))
-    return seconds[0] <= seconds[1]
+    return found
 
 
 def _is_exact(product: Int8Product) -> bool:
@@ -71,6 +56,18 @@ def _is_exact(product: Int8Product) -> bool:
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         log.info("the product of int8 matrices is not available here: %s", error)
         return False
+
+
+def _native_is_faster(product: Int8Product, dtype: torch.dtype) -> bool:
+    compiled = kernels()
+    if compiled is None:
+        return False
+    given = W8A8Dynamic(torch.ones(_SHAPE, dtype=torch.int8), torch.ones(_SHAPE[0]), None)
+    native, torchs = (
+        steps_take(linear, _SHAPE[1], dtype)
+        for linear in (NativeInt8Linear(given, compiled), W8A8Linear(given, product))
+    )
+    return native <= torchs
 
 
 def _few_rows(dtype: torch.dtype) -> int:
