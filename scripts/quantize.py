@@ -152,7 +152,7 @@ def observe(checkpoint: Checkpoint, texts: Sequence[list[int]]) -> Ranges:
         layer = DecoderLayer(config, reader, f"model.layers.{index}.")
         for batch, x in zip(batches, states, strict=True):
             attention.begin_step(batch, longest)
-            layer.forward(x, *rotary.gather(batch.positions), attention, k_cache, v_cache)
+            x += layer.forward(x, None, *rotary.gather(batch.positions), attention, k_cache, v_cache)
         found |= {name: layer.range for name, layer in reader.observed.items()}
         draw_progress("calibrating", index + 1, config.num_layers)
     return found

@@ -14,7 +14,8 @@ import torch
 
 from worker.layers.int8_product import int8_product
 from worker.layers.quantized import W8A8Dynamic, W8A8Linear, W8A8Static, W8A8StaticLinear
-from worker.native import NativeInt8Linear, NativeLinear
+from worker.layers.row_ops import TorchRowOps
+from worker.native import NativeInt8Linear, NativeLinear, NativeRowOps
 from worker.native.build import library_path
 from worker.native.library import Kernels, all_kernels
 
@@ -140,3 +141,40 @@ def test_an_int8_row_without_a_scale_is_nan_and_harms_no_other(kernels: Kernels)
     y = native(x)
     assert y[1:3].isnan().all()
     assert torch.equal(y[[0, 3]], native(torch.ones(2, 24)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_ops_equal_torch_and_a_row_does_not_depend_on_the_others(
+    kernels: Kernels, threads: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    native, twin = NativeRowOps(kernels), TorchRowOps()
+    # the twin rounds in between: two roundings of bfloat16 numbers of order 10
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for width, rows in ((96, 3), (1, 2), (37, 5), (1216, 40)):
+        x, delta, weight = torch.randn(2 * rows + 1, width).to(dtype).split([rows, rows, 1])
+        mine, its = x.clone(), x.clone()
+        got = native.add_rms_norm(mine, delta, weight[0], 1e-6)
+        torch.testing.assert_close(got, twin.add_rms_norm(its, delta, weight[0], 1e-6), **close)
+        assert torch.equal(mine, its)
+        assert torch.equal(native.add_rms_norm(mine, None, weight[0], 1e-6), got) and torch.equal(mine, its)
+        last = x[-1:].clone()
+        assert torch.equal(native.add_rms_norm(last, delta[-1:], weight[0], 1e-6), got[-1:])
+
+        gate_up = (torch.randn(rows, 2 * width) * 30).to(dtype)
+        gate_up[0, 0], gate_up[-1, -1] = -200, torch.nan
+        got = native.silu_mul(gate_up)
+        torch.testing.assert_close(got, twin.silu_mul(gate_up), **close, equal_nan=True)
+        assert torch.equal(native.silu_mul(gate_up[:1]), got[:1])
+
+    for dim, tokens in ((16, 3), (64, 40), (6, 2), (80, 5)):
+        heads = torch.randn(tokens, 5, dim).to(dtype)
+        angle = torch.randn(tokens, 1, dim // 2)
+        cos, sin = angle.cos().repeat(1, 1, 2).to(dtype), angle.sin().to(dtype)
+        sin = torch.cat((-sin, sin), dim=-1)
+        mine = heads.clone()
+        got = native.rotate(mine, 3, cos, sin)
+        torch.testing.assert_close(got, twin.rotate(heads, 3, cos, sin), **close)
+        assert torch.equal(mine[:, 3:], heads[:, 3:])
+        alone = native.rotate(heads[-1:].clone(), 3, cos[-1:], sin[-1:])
+        assert torch.equal(alone, got[-1:])

@@ -15,11 +15,10 @@ from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig, parse_decoder
 from worker.kv_cache import KvCache
 from worker.kv_pages import KvPages
-from worker.layers.activation import silu_mul
 from worker.layers.adapted import AdaptedLinear, Projection, StepAdapters
-from worker.layers.norm import Norm, rms_norm
 from worker.layers.quantized import SideBySide
-from worker.layers.rotary import RotaryTable, apply_rotary
+from worker.layers.rotary import RotaryTable
+from worker.layers.row_ops import Norm
 from worker.loader import Checkpoint
 from worker.platforms.base import Linear, Lookup, Platform
 from worker.quantised_weights import mergeable, norm_tensors, take_quantised
@@ -38,6 +37,7 @@ class WeightReader:
         self._checkpoint = checkpoint
         self._platform = platform
         self._dtype = dtype
+        self.row_ops = platform.row_ops
         self.step_adapters = StepAdapters()
         self.projections: dict[str, Projection] = {}
 
@@ -56,6 +56,7 @@ class WeightReader:
             self._checkpoint.take(weight, dtype=self._dtype).to(device),
             None if bias is None else self._checkpoint.take(bias, dtype=self._dtype).to(device),
             eps,
+            self.row_ops,
         )
         self._checkpoint.release()
         return norm
@@ -105,6 +106,7 @@ class DecoderLayer:
         self._num_heads = config.num_heads
         self._head_dim = config.head_dim
         self._rotated_heads = config.num_heads + config.num_kv_heads
+        self._ops = reader.row_ops
         eps = config.rms_norm_eps
         self._input_norm = reader.norm(prefix, "input_layernorm", _QKV, eps)
         self._qkv = reader.adapted(prefix, *_QKV, bias=config.qkv_bias)
@@ -116,19 +118,26 @@ class DecoderLayer:
     def forward(
         self,
         x: Tensor,
+        delta: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         attention: AttentionBackend,
         k_cache: KvPages,
         v_cache: KvPages,
-    ) -> None:
-        """Adds this layer to the residual stream x, [T, hidden], in place."""
-        qkv = self._qkv(self._input_norm(x)).view(len(x), -1, self._head_dim)
+    ) -> Tensor:
+        """Adds delta, if there is one, and the attention to the residual stream x, [T, hidden], in place.
+
+        -> what the MLP adds, left to whoever normalises x next: one pass over it then.
+        """
+        ops = self._ops
+        qkv = self._qkv(self._input_norm(x, delta))
+        heads = qkv.view(len(x), -1, self._head_dim)
         # queries and keys lie side by side: one rotation for both
-        qk = apply_rotary(qkv[:, : self._rotated_heads], cos, sin)
-        q, k, v = qk[:, : self._num_heads], qk[:, self._num_heads :], qkv[:, self._rotated_heads :]
-        x += self._output(attention.forward(q, k, v, k_cache, v_cache))
-        x += self._down(silu_mul(self._gate_up(self._mlp_norm(x))))
+        qk = ops.rotate(heads, self._rotated_heads, cos, sin)
+        q, k, v = qk[:, : self._num_heads], qk[:, self._num_heads :], heads[:, self._rotated_heads :]
+        attended = self._output(attention.forward(q, k, v, k_cache, v_cache))
+        normed = self._mlp_norm(x, attended)
+        return self._down(ops.silu_mul(self._gate_up(normed)))
 
 
 class LlamaForCausalLM:
@@ -145,6 +154,7 @@ class LlamaForCausalLM:
     ) -> None:
         self._eps = config.rms_norm_eps
         self._rotary = RotaryTable(config.rope, config.head_dim, max_seq_len, dtype, platform.device)
+        self._ops = platform.row_ops
         reader = WeightReader(checkpoint, platform, dtype)
         self._layers = []
         for index in range(config.num_layers):
@@ -211,9 +221,10 @@ class LlamaForCausalLM:
     def forward(self, batch: Batch, attention: AttentionBackend, cache: KvCache) -> Tensor:
         x = self._embed(batch.input_ids)
         cos, sin = self._rotary.gather(batch.positions)
+        delta = None
         for layer, (k_cache, v_cache) in zip(self._layers, cache.layers, strict=True):
-            layer.forward(x, cos, sin, attention, k_cache, v_cache)
-        return x
+            delta = layer.forward(x, delta, cos, sin, attention, k_cache, v_cache)
+        return x if delta is None else x.add_(delta)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(rms_norm(hidden, self._final_norm, self._eps))
+        return self._head(self._ops.add_rms_norm(hidden, None, self._final_norm, self._eps))

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "kernels.h"
 #include "linear.h"
+#include "rows.h"
 
 #define TEXT_OF(x) #x
 #define TEXT(x) TEXT_OF(x)
@@ -20,6 +21,6 @@ constexpr int32_t INT8_DOT = 0;
 #endif
 
 extern const Kernels kernels;
-const Kernels kernels = {TEXT(ISA), BF16_DOT, INT8_DOT, linear, attention};
+const Kernels kernels = {TEXT(ISA), BF16_DOT, INT8_DOT, linear, attention, add_rms_norm, silu_mul, rotate};
 
 }  // namespace ISA

@@ -52,4 +52,12 @@ struct Kernels {
     int32_t (*attention)(const Attention*, const Step*, const void* q, const void* k, const void* v,
                          int64_t q_stride, int64_t k_stride, int64_t v_stride, void* k_cache,
                          void* v_cache, void* out, int32_t dtype);
+    // x += delta (null: nothing), out = x normalised; all [rows, width], weight: [width]
+    void (*add_rms_norm)(void* x, const void* delta, const void* weight, float eps, int64_t rows, int64_t width,
+                         void* out, int32_t dtype);
+    // gate_up: [rows, 2 * width]; out: [rows, width]
+    void (*silu_mul)(const void* gate_up, int64_t rows, int64_t width, void* out, int32_t dtype);
+    // heads: [rows, count, dim], rows `stride` elements apart, in place; cos, sin: [rows, dim]
+    void (*rotate)(void* heads, int64_t stride, const void* cos, const void* sin, int64_t rows, int64_t count,
+                   int64_t dim, int32_t dtype);
 };

@@ -36,4 +36,4 @@ def rows_of_panels(packed: Tensor, outputs: Tensor, inputs: int) -> Tensor:
     """What `dense_from_panels` gives, of some outputs only, int [n] -> [n, inputs]."""
     panels = torch.div(outputs, PANEL, rounding_mode="floor")
     rows = packed[panels, :, outputs - panels * PANEL]
-    return rows.flatten(1)[:, :inputs]
+    return rows.flatten(1)[:, :inputs].contiguous()

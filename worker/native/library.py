@@ -76,6 +76,12 @@ class Kernels(ctypes.Structure):
         ("has_int8_dot", _INT32),
         ("linear", ctypes.CFUNCTYPE(_INT32, _POINTER, _POINTER, _INT64, _POINTER, _INT64, _INT32)),
         ("attention", ctypes.CFUNCTYPE(_INT32, *[_POINTER] * 5, *[_INT64] * 3, *[_POINTER] * 3, _INT32)),
+        (
+            "add_rms_norm",
+            ctypes.CFUNCTYPE(None, *[_POINTER] * 3, _FLOAT, _INT64, _INT64, _POINTER, _INT32),
+        ),
+        ("silu_mul", ctypes.CFUNCTYPE(None, _POINTER, _INT64, _INT64, _POINTER, _INT32)),
+        ("rotate", ctypes.CFUNCTYPE(None, _POINTER, _INT64, *[_POINTER] * 2, *[_INT64] * 3, _INT32)),
     )
 
 

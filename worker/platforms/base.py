@@ -11,6 +11,7 @@ from torch import Tensor
 from worker.attention.base import AttentionSpec
 from worker.layers.linear import StepArithmetic
 from worker.layers.quantized import QuantisedWeight
+from worker.layers.row_ops import RowOps
 from worker.platforms.memory_limits import MemoryInfo
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -20,6 +21,7 @@ Lookup = Callable[[Tensor], Tensor]  # int [T] -> [T, hidden]
 
 class Platform(Protocol):
     name: str
+    row_ops: RowOps
     arithmetic: StepArithmetic  # of all layers this platform packs
 
     @property

@@ -33,7 +33,8 @@ from worker.layers.quantized import (
     W8A8StaticLinear,
     W8A16Linear,
 )
-from worker.native import NativeInt8Linear, NativeLinear, kernels
+from worker.layers.row_ops import RowOps, TorchRowOps
+from worker.native import NativeInt8Linear, NativeLinear, NativeRowOps, kernels
 from worker.platforms.base import DTypeName, Linear, Lookup
 from worker.platforms.cpu_kernels import LinearKernels, probe_linears
 from worker.platforms.int8_kernels import Int8Kernels, probe_int8
@@ -56,6 +57,8 @@ class CpuPlatform:
         self._int8_scratch: Scratch | None = None
         self._row_sizes: dict[tuple[torch.Size, torch.dtype, bool], tuple[int, ...]] = {}
         self.arithmetic = StepArithmetic()
+        compiled = kernels()
+        self.row_ops: RowOps = TorchRowOps() if compiled is None else NativeRowOps(compiled)
 
     @property
     def device(self) -> torch.device:
