@@ -10,8 +10,9 @@ w8a8          int8 weights; activations are quantised with constants, found on t
 w8a16         int8 weights; activations stay as they are
 
 The linear layers of the decoder are quantised, with a scale for each output; embeddings, norms and the head
-are not. Tensors are read, quantised and written one by one, and a calibration holds one layer at a time, so
-that the model need not fit into memory. What it costs in accuracy: scripts/eval_accuracy.py on both.
+are not. Tensors are read, quantised and written one by one, and texts run through one layer at a time, so
+that the model need not fit into memory. --check tells what it costs: the loss per token of both on texts that
+the calibration has not seen. What it costs in answers: scripts/eval_accuracy.py on both.
 """
 
 from __future__ import annotations
@@ -29,139 +30,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages beside this folder
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
-from transformers import AutoTokenizer
 
 from engine.errors import StartupError
-from engine.plan import StepKind, build_plan
 from engine.quantisation import DESCRIPTION, SCHEMES
-from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence as TokenSequence
-from worker.attention.base import AttentionSpec
-from worker.attention.registry import make_attention
-from worker.batch import make_batch
+from scripts.layerwise import Ranges, draw_progress, input_ranges, mean_loss, read_texts
 from worker.config_values import ConfigValues
-from worker.layers.rotary import RotaryTable
 from worker.loader import Checkpoint
-from worker.models.llama import DecoderLayer, WeightReader
 from worker.models.registry import model_class
-from worker.platforms.base import Linear
-from worker.platforms.cpu import CpuPlatform
 
 KINDS = {"w8a8": "W8A8", "w8a8_dynamic": "W8A8_DYNAMIC", "w8a16": "W8A16"}
 DIRECTORY_MODE = 0o750  # the server refuses a model directory that is wider
 FILE_MODE = 0o640
-Ranges = dict[str, tuple[float, float]]  # module -> smallest and largest number among its inputs, 0 included
-
-
-# --- progress ---------------------------------------------------------------------------------------------
-
-
-def draw_progress(what: str, done: int, total: int, width: int = 30) -> None:
-    """Redraw the bar on a terminal; print a line every tenth of the way elsewhere."""
-    if sys.stderr.isatty():
-        filled = width * done // total
-        end = "\n" if done == total else ""
-        bar = f"[{'#' * filled}{'.' * (width - filled)}]"
-        print(f"\r{what} {bar} {done}/{total}", end=end, file=sys.stderr, flush=True)
-    elif done == total or done % max(1, total // 10) == 0:
-        print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
-
-
-# --- calibration ------------------------------------------------------------------------------------------
-
-
-class Observed:
-    """A layer that remembers the range of what it is given."""
-
-    def __init__(self, inner: Linear) -> None:
-        self._inner = inner
-        self.range = (0.0, 0.0)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [rows, in] -> [rows, out]."""
-        low, high = torch.aminmax(x)
-        self.range = (min(self.range[0], low.item()), max(self.range[1], high.item()))
-        return self._inner(x)
-
-
-class ObservingReader(WeightReader):
-    """Reads a layer whose linear layers are observed."""
-
-    def __init__(self, checkpoint: Checkpoint, platform: CpuPlatform, dtype: torch.dtype) -> None:
-        super().__init__(checkpoint, platform, dtype)
-        self.observed: dict[str, Observed] = {}
-
-    def linear(self, prefix: str, *modules: str, bias: bool = False) -> Linear:
-        layer = Observed(super().linear(prefix, *modules, bias=bias))
-        self.observed.update({f"{prefix}{module}": layer for module in modules})
-        return layer
-
-
-def read_texts(model: Path, file: Path, samples: int, max_tokens: int) -> list[list[int]]:
-    """Token ids of the first `samples` texts, each cut to `max_tokens`; ValueError when there is none."""
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    texts = []
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        text = _as_chat(line, tokenizer) if line.startswith("{") else line
-        ids = tokenizer.encode(text, add_special_tokens=False)[:max_tokens]
-        if ids:
-            texts.append(ids)
-        if len(texts) == samples:
-            break
-    if not texts:
-        raise ValueError(f"{file} holds no text")
-    return texts
-
-
-def _as_chat(line: str, tokenizer: Any) -> str:
-    record = json.loads(line)
-    if not all(isinstance(record.get(key), str) for key in ("question", "answer")):
-        raise ValueError(f'{line[:60]!r}: a JSON line needs the texts "question" and "answer"')
-    turns = [
-        {"role": "user", "content": record["question"]},
-        {"role": "assistant", "content": record["answer"]},
-    ]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False))
-
-
-@torch.inference_mode()
-def observe(checkpoint: Checkpoint, texts: Sequence[list[int]]) -> Ranges:
-    """Run the texts through the model, a layer at a time, and look at what each linear layer is given."""
-    values = ConfigValues.read(checkpoint.folder / "config.json")
-    config = model_class(values).parse_config(values)
-    platform = CpuPlatform()
-    dtype = platform.weight_dtype("auto", checkpoint.stored_dtype)
-    longest = max(map(len, texts))
-    spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
-    attention = make_attention(platform.attention_backend(spec), spec)
-    cache_shape = (1, longest, config.num_kv_heads, config.head_dim)
-    k_cache, v_cache = torch.zeros(cache_shape, dtype=dtype), torch.zeros(cache_shape, dtype=dtype)
-    rotary = RotaryTable(config.rope, config.head_dim, longest, dtype, platform.device)
-    batches = [make_batch(_whole_prompt(ids, longest), platform.device) for ids in texts]
-    embedding = checkpoint.take("model.embed_tokens.weight", dtype=dtype)
-    states = [functional.embedding(batch.input_ids, embedding) for batch in batches]
-    del embedding
-    found: Ranges = {}
-    for index in range(config.num_layers):
-        reader = ObservingReader(checkpoint, platform, dtype)
-        layer = DecoderLayer(config, reader, f"model.layers.{index}.")
-        for batch, x in zip(batches, states, strict=True):
-            attention.begin_step(batch, longest)
-            x += layer.forward(x, None, *rotary.gather(batch.positions), attention, k_cache, v_cache)
-        found |= {name: layer.range for name, layer in reader.observed.items()}
-        draw_progress("calibrating", index + 1, config.num_layers)
-    return found
-
-
-def _whole_prompt(ids: list[int], block_size: int) -> Any:
-    sequence = TokenSequence(0, np.array(ids, np.int32), SamplingParams(max_tokens=1))
-    sequence.block_table = [0]
-    return build_plan(StepKind.PREFILL, [sequence], block_size)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------
@@ -286,7 +168,6 @@ class Summary:
             f"weights moved by {mean:.2%} of their norm on average, "
             f"at most {self.errors[worst]:.2%} ({worst})"
         )
-        yield "what that does to answers is not known yet: ask both with scripts/eval_accuracy.py"
 
 
 def quantised_modules(shapes: Mapping[str, tuple[int, ...]], keep: Sequence[str]) -> list[str]:
@@ -350,7 +231,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory to be written")
     parser.add_argument("--scheme", choices=SCHEMES, required=True)
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="texts, for w8a8")
-    parser.add_argument("--samples", type=positive_int, default=128, help="texts of it that are used (128)")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="texts to compare both models on")
+    parser.add_argument(
+        "--samples", type=positive_int, default=128, help="texts of a file that are used (128)"
+    )
     parser.add_argument("--max-tokens", type=positive_int, default=512, help="of each text (512)")
     parser.add_argument("--keep", action="append", default=[], metavar="PART",
                         help="leave layers as they are whose name contains this (repeatable)")  # fmt: skip
@@ -378,11 +262,12 @@ def run(args: argparse.Namespace) -> Iterator[str]:
             raise ValueError(f"{args.out} is not empty; --force replaces what is in it")
         for file in args.out.iterdir():
             file.unlink()
+    longest = min(args.max_tokens, config.usable_positions)
+    unseen = read_texts(args.model, args.check, args.samples, longest) if args.check else []
     ranges: Ranges = {}
     if args.calibrate:
-        longest = min(args.max_tokens, config.usable_positions)
         texts = read_texts(args.model, args.calibrate, args.samples, longest)
-        ranges = observe(checkpoint, texts)
+        ranges = input_ranges(checkpoint, texts)
         yield f"calibrated on {len(texts)} texts, {sum(map(len, texts))} tokens, of {args.calibrate}"
     args.out.mkdir(parents=True, exist_ok=True)
     args.out.chmod(DIRECTORY_MODE)
@@ -392,6 +277,14 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     write_json(args.out / DESCRIPTION, {"model_quant_type": KINDS[args.scheme], **writer.description})
     copy_others(args.model, args.out, args.scheme)
     yield from summary.lines(writer.written, files)
+    if not unseen:
+        yield "what that does to texts and answers is not known: see --check, and scripts/eval_accuracy.py"
+        return
+    before, after = mean_loss(checkpoint, unseen), mean_loss(Checkpoint(args.out), unseen)
+    yield (
+        f"loss per token on {len(unseen)} texts of {args.check}: {before:.4f} before, {after:.4f} after "
+        f"({after - before:+.4f})"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

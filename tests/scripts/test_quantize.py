@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from engine.quantisation import read_quantisation
 from engine.weight_files import read_weights
 from scripts import quantize
+from scripts.layerwise import read_texts
 from scripts.write_random_model import Shape, write_model
+from worker.loader import Checkpoint
 
 SHAPE = Shape("qwen2", layers=2, hidden=32, heads=4, kv_heads=2, intermediate=48, vocab=400, tied=True)
 UP = "model.layers.1.mlp.up_proj"
@@ -99,7 +103,7 @@ def test_constants_reach_both_ends_and_keep_zero(low: float, high: float) -> Non
 def test_shards_hold_the_same_as_one_file(model: Path, tmp_path: Path) -> None:
     assert run(model, tmp_path / "one", "w8a16") == 0
     writer = quantize.Writer(tmp_path, "quant_model_weight_w8a16", 6_000)
-    checkpoint = quantize.Checkpoint(model)
+    checkpoint = Checkpoint(model)
     quantize.quantise(checkpoint, writer, "W8A16", [], {})
     files = writer.close()
     assert files > 3, files
@@ -111,6 +115,23 @@ def test_shards_hold_the_same_as_one_file(model: Path, tmp_path: Path) -> None:
     assert got.keys() == want.keys() == tensors.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_loss_of_both_is_told(
+    model: Path, tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, tmp_path / "out", "w8a8_dynamic", "--check", str(texts)) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"loss per token on 2 texts .*: ([0-9.]+) before, ([0-9.]+) after", said)
+    assert found is not None, said
+    ids = read_texts(model, texts, 9, 99)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    losses = [reference(torch.tensor([text]), labels=torch.tensor([text])).loss.item() for text in ids]
+    weights = [len(text) - 1 for text in ids]
+    want = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+    # the checkpoint is in bfloat16
+    assert float(found[1]) == pytest.approx(want, rel=1e-2)
+    assert float(found[2]) == pytest.approx(want, rel=3e-2)
 
 
 def test_layers_can_be_left_as_they_are(model: Path, tmp_path: Path) -> None:
