@@ -129,10 +129,10 @@ class Speculation:
         `tokens`: [S] what was sampled for each row. To be called before any of it is committed.
         """
         assert plan.guessed is not None
-        counts = [True] * len(tokens)
+        counts, guesses = [True] * len(tokens), plan.input_ids.tolist()
         verdicts: dict[Sequence, list[bool]] = {}
         for row in np.flatnonzero(plan.guessed).tolist():
-            counts[row] = counts[row - 1] and tokens[row - 1] == plan.input_ids[row]
+            counts[row] = counts[row - 1] and tokens[row - 1] == guesses[row]
             verdicts.setdefault(plan.sequences[row], []).append(counts[row])
         for seq, verdict in verdicts.items():
             assert seq.guess_length is not None
