@@ -344,6 +344,7 @@ def _schedule(values: Values, report: Report) -> ScheduleSettings:
         truncation=_truncation(values.raw(f"{DEPLOY}.truncation")),
         prefix_cache=PREFIX_CACHE in values.raw(PLUGIN_PARAMS),
         guess_length=values.integer(GUESS_LENGTH),
+        max_preempt_count=number("maxPreemptCount"),
         mix=mix,
     )
 

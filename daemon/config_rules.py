@@ -338,7 +338,6 @@ WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (f"{SCHEDULE}.supportSelectBatch", (False,), _LATER),
     (f"{SCHEDULE}.stageSelectPolicy", (0,), _LATER),
     (f"{SCHEDULE}.dynamicBatchSizeEnable", (False,), _LATER),
-    (f"{SCHEDULE}.maxPreemptCount", (0,), "swapping is not available in this build yet; recomputing instead"),
     (f"{SCHEDULE}.policyType", (0,), "without effect, ignored"),
     (f"{SCHEDULE}.bufferResponseEnabled", (False,), "without effect, ignored"),
 )

@@ -22,6 +22,7 @@ from worker.cache_size import (
     blocks_per_sequence,
     bytes_per_block,
     count_blocks,
+    count_host_blocks,
     head_bytes,
     holds_int8,
     sizing_key,
@@ -114,12 +115,13 @@ def plan_memory(
     if model.device_type in ("npu", "cuda"):
         return plan
     share = memory.available // num_workers
+    host_blocks = count_host_blocks(plan.block_bytes, model, limits, plan.block_size)
     blocks = count_blocks(
         plan,
         model,
         limits,
         automatic_bytes=int(memory.available * CPU_KV_SHARE) // num_workers,
-        available_bytes=share - plan.weight_bytes - plan.activation_bytes,
+        available_bytes=share - plan.weight_bytes - plan.activation_bytes - host_blocks * plan.block_bytes,
     )
     return replace(plan, num_blocks=blocks, available=share)
 

@@ -514,7 +514,7 @@ def _occupancy(link: InstanceLink) -> Occupancy:
     return Occupancy(
         stats.running,
         stats.waiting,
-        0,
+        stats.swapped,
         stats.free_blocks,
         total,
         stats.preemptions,
@@ -522,4 +522,6 @@ def _occupancy(link: InstanceLink) -> Occupancy:
         stats.prefix_hits,
         stats.guessed_tokens,
         stats.right_guesses,
+        stats.host_blocks,
+        stats.free_host_blocks,
     )

@@ -27,11 +27,13 @@ class Occupancy:
     swapped: int
     free_blocks: int
     total_blocks: int
-    preemptions: int = 0  # since start, as the others below
+    preemptions: int = 0  # since start, as the next two
     prefix_tokens: int = 0  # of prompts, looked up in the prefix cache
     prefix_hits: int = 0  # of them, found there
     guessed_tokens: int = 0  # by speculative decoding
     right_guesses: int = 0  # of them, what the model said
+    host_blocks: int = 0  # where swapped requests keep theirs; of now, as the first ones
+    free_host_blocks: int = 0
 
 
 def server_metadata(schedule: ScheduleSettings, prefill_policy: int = 0, decode_policy: int = 0) -> bytes:

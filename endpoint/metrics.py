@@ -153,7 +153,7 @@ class Metrics:
         self._waiting = self._gauge("num_requests_waiting", "in the engine's queue")
         self._swapped = self._gauge("num_requests_swapped", "swapped out")
         self._cache_usage = self._gauge("npu_cache_usage_perc", "cache blocks in use, 0 to 1")
-        self._gauge("cpu_cache_usage_perc", "swap blocks in use, 0 to 1")
+        self._swap_usage = self._gauge("cpu_cache_usage_perc", "swap blocks in use, 0 to 1")
         self._hit_rate = self._gauge(
             "npu_prefix_cache_hit_rate", "prompt tokens found in the prefix cache, 0 to 1"
         )
@@ -247,6 +247,9 @@ class Metrics:
         looked_up = _value(self._looked_up)
         self._hit_rate.set(_value(self._hits) / looked_up if looked_up else 0.0)
         self._cache_usage.set((total - free) / total if total else 0.0)
+        host = sum(instance.host_blocks for instance in instances)
+        free_host = sum(instance.free_host_blocks for instance in instances)
+        self._swap_usage.set((host - free_host) / host if host else 0.0)
         received, failed = _value(self._received), _value(self._failed)
         self._failed_share.set(failed / received if received else 0.0)
         self._in_flight.set(received - failed - _value(self._success) - _value(self._cancelled))

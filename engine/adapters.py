@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Protocol
 
 from engine.scheduler import Scheduler
@@ -68,8 +67,7 @@ class AdapterDesk:
         for name, error in self._store.take_loaded():
             self._send(LoraDone(name, error))
         if self._leaving:
-            groups = chain(self._scheduler.waiting, self._scheduler.running)
-            for name in self._leaving - {group.params.lora for group in groups}:
+            for name in self._leaving - {group.params.lora for group in self._scheduler.groups}:
                 self._store.remove(name)
                 self._leaving.discard(name)
                 self._send(LoraDone(name, ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 from engine.errors import EngineBug
@@ -84,6 +84,25 @@ class BlockManager:
         copies = [(source, destination) for destination, source in self._copies.items()]
         self._copies.clear()
         return copies
+
+    def content_of(self, block: int) -> int:
+        """The block that holds its content now: another one while its copy has not been made."""
+        return self._copies.get(block, block)
+
+    def arrange(self, tables: Mapping[Sequence, Seq[int]]) -> dict[int, int]:
+        """Give the sequences, which have none, blocks like these: what is one number there is one block.
+
+        The block of each number.
+        """
+        placed: dict[int, int] = {}
+        for seq, table in tables.items():
+            for number in table:
+                if number in placed:
+                    self._owners[placed[number]] += 1
+                else:
+                    placed[number] = self._take()
+                seq.block_table.append(placed[number])
+        return placed
 
     # -- prefix cache -------------------------------------------------------------------------------
 

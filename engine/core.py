@@ -205,12 +205,15 @@ class EngineCore:
                 instance=self.instance,
                 waiting=len(scheduler.waiting),
                 running=len(scheduler.running),
+                swapped=len(scheduler.swapped),
                 preemptions=scheduler.num_preemptions,
                 free_blocks=scheduler.blocks.num_free,
                 prefix_tokens=scheduler.num_prefix_tokens,
                 prefix_hits=scheduler.num_prefix_hits,
                 guessed_tokens=scheduler.speculation.num_guessed if scheduler.speculation else 0,
                 right_guesses=scheduler.speculation.num_right if scheduler.speculation else 0,
+                host_blocks=scheduler.swap.num_blocks,
+                free_host_blocks=scheduler.swap.num_free,
             )
         )
         if idle:

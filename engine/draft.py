@@ -9,6 +9,7 @@ import numpy as np
 from engine.block_manager import BlockManager
 from engine.plan import StepKind, StepPlan, build_plan
 from engine.sequence import Sequence, SequenceGroup
+from engine.swap_space import SwapSpace
 
 
 class Draft:
@@ -54,8 +55,9 @@ class Draft:
         self._rows.append(seq)
         self._ends.append(end)
 
-    def plan(self, kind: StepKind, blocks: BlockManager) -> StepPlan:
+    def plan(self, kind: StepKind, blocks: BlockManager, swap: SwapSpace) -> StepPlan:
         rows, samples = self._rows, self._samples
+        swap_out, swap_in = swap.take_moves()
         same = len(samples) == len(rows) and samples == rows
         return build_plan(
             kind,
@@ -66,4 +68,6 @@ class Draft:
             copies=blocks.take_copies(),
             ends=self._ends,
             guessed=np.array(self._guessed, np.int32) if any(self._guessed) else None,
+            swap_out=swap_out,
+            swap_in=swap_in,
         )

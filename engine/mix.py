@@ -15,12 +15,15 @@ from engine.plan import StepKind, StepPlan
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceGroup
 from engine.settings import MixSettings, ScheduleSettings
+from engine.swap_space import SwapSpace
 
 
-def make_scheduler(limits: ScheduleSettings, blocks: BlockManager, eos_token_ids: Seq[int]) -> Scheduler:
+def make_scheduler(
+    limits: ScheduleSettings, blocks: BlockManager, eos_token_ids: Seq[int], swap: SwapSpace | None = None
+) -> Scheduler:
     if limits.mix is None:
-        return Scheduler(limits, blocks, eos_token_ids)
-    return MixScheduler(limits, limits.mix, blocks, eos_token_ids)
+        return Scheduler(limits, blocks, eos_token_ids, swap)
+    return MixScheduler(limits, limits.mix, blocks, eos_token_ids, swap)
 
 
 class MixScheduler(Scheduler):
@@ -31,16 +34,21 @@ class MixScheduler(Scheduler):
     """
 
     def __init__(
-        self, limits: ScheduleSettings, mix: MixSettings, blocks: BlockManager, eos_token_ids: Seq[int]
+        self,
+        limits: ScheduleSettings,
+        mix: MixSettings,
+        blocks: BlockManager,
+        eos_token_ids: Seq[int],
+        swap: SwapSpace | None,
     ) -> None:
-        super().__init__(limits, blocks, eos_token_ids)
+        super().__init__(limits, blocks, eos_token_ids, swap)
         self._mix = mix
         self._pacer = ChunkPacer()
         self._num_decoding = 0  # rows of the step
         self._budget = 0  # tokens of prompts that the step may still take
 
     def schedule(self, now: float) -> StepPlan | None:
-        self._step_started = now
+        self._begin_step(now)
         if self.waiting:
             self._protect_first_token(now)
         decoding = self._decode_batch()
@@ -58,7 +66,7 @@ class MixScheduler(Scheduler):
         if not self._step_groups:
             return None
         kind = StepKind.MIXED if decoding else StepKind.PREFILL
-        return draft.plan(kind if prefilling else StepKind.DECODE, self.blocks)
+        return draft.plan(kind if prefilling else StepKind.DECODE, self.blocks, self.swap)
 
     def commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Outcome]:
         self._pacer.note(self._num_decoding, plan.num_tokens - self._num_decoding, now - self._step_started)
@@ -66,7 +74,7 @@ class MixScheduler(Scheduler):
 
     def seconds_until_due(self, now: float) -> float | None:
         """Nobody waits for company."""
-        return 0.0 if self.waiting else None
+        return 0.0 if self.waiting or self.swapped else None
 
     def _largest_request(self) -> tuple[int, int]:
         return self.limits.max_seq_len - 1, self.limits.max_batch_size
@@ -78,7 +86,7 @@ class MixScheduler(Scheduler):
         begun = [group for group in begun if group.prefilling]
         num_partial, num_long = len(begun), sum(map(self._is_long, begun))
         started: list[SequenceGroup] = []
-        if self._blocks_low():
+        if not self._may_begin():
             return started
         for group in list(self.waiting):
             if self._budget <= 0 or num_partial >= self._mix.max_partial:

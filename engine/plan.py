@@ -42,6 +42,8 @@ class StepPlan:
     sample_rows: Int32Array | None = None  # [S] the row each sample reads; None: row s for sample s
     copies: Seq[tuple[int, int]] = field(default=())  # (source, destination) blocks, copied before the step
     guessed: Int32Array | None = None  # [R] of a decode step: how many tokens up to the row's own are guessed
+    swap_out: Seq[tuple[int, int]] = field(default=())  # (block, host block), moved before anything else
+    swap_in: Seq[tuple[int, int]] = field(default=())  # (host block, block), moved before `copies`
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +79,8 @@ def build_plan(
     copies: Seq[tuple[int, int]] = (),
     ends: Seq[int] | None = None,
     guessed: Int32Array | None = None,
+    swap_out: Seq[tuple[int, int]] = (),
+    swap_in: Seq[tuple[int, int]] = (),
 ) -> StepPlan:
     """Lay the uncomputed tokens of `sequences` out for one step; their blocks are already allocated.
 
@@ -124,4 +128,6 @@ def build_plan(
         sample_rows=sample_rows,
         copies=copies,
         guessed=guessed,
+        swap_out=swap_out,
+        swap_in=swap_in,
     )

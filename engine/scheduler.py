@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 
 from engine.beam import BeamSearch, Candidate, History
@@ -21,6 +21,7 @@ from engine.plan import StepKind, StepPlan
 from engine.sequence import GroupStatus, Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
 from engine.speculation import Speculation
+from engine.swap_space import SwapSpace
 
 log = logging.getLogger("llm.scheduler")
 request_log = logging.getLogger(REQUESTS)
@@ -33,15 +34,23 @@ _LOW_BLOCKS = 0.05
 class Scheduler:
     """Continuous batching over a paged cache; one call of `schedule` and one of `commit` per step.
 
-    Both queues are kept in the order of `SequenceGroup.rank`: `waiting` for a prefill, `running` for their
-    next decode. All times are monotonic seconds given by the caller.
+    All queues are kept in the order of `SequenceGroup.rank`: `waiting` for a prefill, `running` for their
+    next decode, `swapped` for room in the cache. All times are monotonic seconds given by the caller.
     """
 
-    def __init__(self, limits: ScheduleSettings, blocks: BlockManager, eos_token_ids: Seq[int]) -> None:
+    def __init__(
+        self,
+        limits: ScheduleSettings,
+        blocks: BlockManager,
+        eos_token_ids: Seq[int],
+        swap: SwapSpace | None = None,
+    ) -> None:
         self.limits = limits
+        self.swap = swap or SwapSpace(0)
         self.blocks = blocks
         self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
+        self.swapped: list[SequenceGroup] = []
         self.num_preemptions = 0
         self.num_prefix_tokens = 0  # of prompts, looked up in the prefix cache
         self.num_prefix_hits = 0  # of them, found there
@@ -49,6 +58,8 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._refused: list[Outcome] = []
         self._step_started = 0.0
+        self._step_preemptions = 0
+        self._step_swaps = 0
         self._step_groups: list[SequenceGroup] = []
         self.speculation = Speculation(limits, blocks) if limits.guess_length else None
 
@@ -96,7 +107,7 @@ class Scheduler:
             if branch is None or seq.branch == branch:
                 self._end(seq)
         if not group.live:
-            (self.waiting if group.status is GroupStatus.WAITING else self.running).remove(group)
+            self._queue_of(group).remove(group)
             self._finish(group)
         elif group.prefilling:  # others may have counted on the blocks that are gone
             self.running.remove(group)
@@ -108,9 +119,19 @@ class Scheduler:
         self._refused.clear()
         return sum([self.abort(request_id) for request_id in list(self._by_id)])
 
+    def _queue_of(self, group: SequenceGroup) -> list[SequenceGroup]:
+        if group.status is GroupStatus.WAITING:
+            return self.waiting
+        return self.running if group.status is GroupStatus.RUNNING else self.swapped
+
+    @property
+    def groups(self) -> Iterable[SequenceGroup]:
+        """All that have not ended."""
+        return self._by_id.values()
+
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.swapped)
 
     def take_refused(self) -> list[Outcome]:
         refused, self._refused = self._refused, []
@@ -120,10 +141,10 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """Choose the next step and allocate its blocks; None when nothing can or should run now."""
-        self._step_started = now
+        self._begin_step(now)
         if self._prefill_due(now):
             groups = self._probe_batch()
-            if not groups and not self._blocks_low():
+            if not groups and self._may_begin():
                 groups = self._prefill_batch()
             if groups:
                 return self._plan(StepKind.PREFILL, groups)
@@ -132,6 +153,10 @@ class Scheduler:
         if groups:
             return self._plan_guesses(groups) if self.speculation else self._plan(StepKind.DECODE, groups)
         return None
+
+    def _begin_step(self, now: float) -> None:
+        self._step_started = now
+        self._step_preemptions = self._step_swaps = 0
 
     def commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Outcome]:
         """Apply what was sampled for `plan.samples` and end what is done."""
@@ -273,7 +298,9 @@ class Scheduler:
         return FinishCode.STOP_TOKEN if token in group.stop_token_ids else FinishCode.LENGTH
 
     def seconds_until_due(self, now: float) -> float | None:
-        """How long the caller may sleep before `schedule` could start a prefill; None without any waiting."""
+        """How long the caller may sleep before `schedule` could do more; None where it has nothing to do."""
+        if self.swapped:
+            return 0.0
         if not self.waiting:
             return None
         if self.waiting[0].is_probe:
@@ -287,11 +314,15 @@ class Scheduler:
             assert group.status is GroupStatus.RUNNING and group.live, group
             ready = all(seq.num_computed == seq.num_tokens - 1 for seq in group.live)
             assert ready or group.prefilling, group
+        self.swap.check(self.swapped)
+        for group in self.swapped:
+            assert group.status is GroupStatus.SWAPPED and group.live, group
+            assert not any(seq.block_table for seq in group.sequences), group
         for group in self.waiting:
             assert group.status is GroupStatus.WAITING and group.live, group
             assert not any(seq.block_table or seq.num_computed for seq in group.sequences), group
             assert not group.prefilling, group
-        assert len(self._by_id) == len(self.waiting) + len(self.running)
+        assert len(self._by_id) == len(self.waiting) + len(self.running) + len(self.swapped)
 
     def _plan(self, kind: StepKind, groups: list[SequenceGroup]) -> StepPlan:
         self._step_groups = groups
@@ -301,7 +332,7 @@ class Scheduler:
                 draft.continue_all(group)
             else:
                 draft.begin(group)
-        return draft.plan(kind, self.blocks)
+        return draft.plan(kind, self.blocks, self.swap)
 
     def _plan_guesses(self, groups: list[SequenceGroup]) -> StepPlan:
         """A decode step in which sequences are ahead of themselves."""
@@ -311,7 +342,7 @@ class Scheduler:
         draft = Draft()
         for group in groups:
             draft.guess(group, counts)
-        return draft.plan(StepKind.DECODE, self.blocks)
+        return draft.plan(StepKind.DECODE, self.blocks, self.swap)
 
     # -- prefill ------------------------------------------------------------------------------------
 
@@ -326,6 +357,13 @@ class Scheduler:
 
     def _blocks_low(self) -> bool:
         return bool(self.running) and self.blocks.num_free < _LOW_BLOCKS * self.blocks.num_blocks
+
+    def _head_is_protected(self) -> bool:
+        return bool(self.waiting) and self.waiting[0].rank == -math.inf
+
+    def _may_begin(self) -> bool:
+        """Whether who waits may take blocks: not before those that have been swapped out for want of them."""
+        return not self._blocks_low() and (not self.swapped or self._head_is_protected())
 
     def _probe_batch(self) -> list[SequenceGroup]:
         """A probe at the head of `waiting`, in a step of its own: the batch may be full, and stays as it is.
@@ -391,7 +429,7 @@ class Scheduler:
             return
         # it stays at the head until it runs: a victim before it would just take the blocks back
         head.rank = -math.inf
-        victim = self._give_way()
+        victim = self._give_way(may_swap=False)  # it would come back before the newcomer
         log.warning(
             "request %d waited %.0f ms for its first token: preempted request %d for it",
             head.request_id, waited_ms, victim.request_id, extra=code(FIRST_TOKEN_LATE),
@@ -402,7 +440,8 @@ class Scheduler:
     def _decode_batch(self) -> list[SequenceGroup]:
         """The running groups in their order, each branch with a slot for its newest token.
 
-        When blocks run out another group gives way; the last resort is to give way oneself.
+        When blocks run out another group gives way; the last resort is to give way oneself. When nobody had
+        to, who has been swapped out comes back.
         """
         batch: list[SequenceGroup] = []
         width = 0
@@ -421,9 +460,28 @@ class Scheduler:
             else:
                 batch.append(group)
                 width += len(group.live)
-        return batch
+        return batch if self._step_preemptions else batch + self._swap_in()
 
-    def _give_way(self) -> SequenceGroup:
+    def _swap_in(self) -> list[SequenceGroup]:
+        """Bring swapped groups back in their order while there is room; each has its slots then."""
+        back: list[SequenceGroup] = []
+        while self.swapped and not self._head_is_protected():
+            group = self.swapped[0]
+            needed, free = self.swap.needs(group, self.blocks), self.blocks.num_free
+            fits = needed < free or (needed == free and not self.running)
+            if not fits or self._num_running() + len(group.live) > self.limits.max_batch_size:
+                break
+            del self.swapped[0]
+            self.swap.fetch(group, self.blocks)
+            for seq in group.live:
+                grown = self.blocks.grow(seq)
+                assert grown, group
+            group.move(GroupStatus.RUNNING)
+            insort(self.running, group, key=_rank)
+            back.append(group)
+        return back
+
+    def _give_way(self, *, may_swap: bool = True) -> SequenceGroup:
         """Preempt the last running group that can come back.
 
         A wide group shares blocks while it runs that each branch would need for itself to be computed again:
@@ -432,15 +490,29 @@ class Scheduler:
         able = (group for group in reversed(self.running) if can_ever_hold(self.blocks, group))
         victim = next(able, self.running[-1])
         self.running.remove(victim)
-        self._preempt(victim)
+        self._preempt(victim, may_swap=may_swap)
         return victim
 
-    def _preempt(self, group: SequenceGroup) -> None:
-        """Send a group (already out of `running`) back to be prefilled again with its output so far."""
+    def _preempt(self, group: SequenceGroup, *, may_swap: bool = True) -> None:
+        """Take the blocks of a group, which is out of `running` already.
+
+        It is swapped out where that may be and there is room; otherwise it goes back to be prefilled again
+        with its output so far.
+        """
+        self._step_preemptions += 1
         self.num_preemptions += 1
         group.num_preemptions += 1
         if not can_ever_hold(self.blocks, group):
             self.refuse(group, GenerationRefused)
+            return
+        may_swap &= self._step_swaps < self.limits.max_preempt_count and not group.prefilling
+        if may_swap and self.swap.put(group, self.blocks):
+            self._step_swaps += 1
+            group.move(GroupStatus.SWAPPED)
+            insort(self.swapped, group, key=_rank)
+            request_log.info(
+                "request %d preempted, the %d. time: swapped out", group.request_id, group.num_preemptions
+            )
             return
         self._send_back(group)
         request_log.info(
@@ -487,6 +559,7 @@ class Scheduler:
     def _finish(self, group: SequenceGroup) -> None:
         for seq in group.sequences:
             self._end(seq)
+        self.swap.drop(group)
         group.move(GroupStatus.FINISHED)
         self._by_id.pop(group.request_id, None)
 

@@ -110,12 +110,15 @@ class Sequence:
 class GroupStatus(Enum):
     WAITING = "waiting"  # prompt (and, after preemption, its output so far) still to be prefilled
     RUNNING = "running"
+    SWAPPED = "swapped"  # what it has computed is in the host's memory
     FINISHED = "finished"
 
 
 _NEXT: dict[GroupStatus, set[GroupStatus]] = {
     GroupStatus.WAITING: {GroupStatus.RUNNING, GroupStatus.FINISHED},
-    GroupStatus.RUNNING: {GroupStatus.WAITING, GroupStatus.FINISHED},  # -> WAITING is preemption
+    # but for the last these are preemptions
+    GroupStatus.RUNNING: {GroupStatus.WAITING, GroupStatus.SWAPPED, GroupStatus.FINISHED},
+    GroupStatus.SWAPPED: {GroupStatus.RUNNING, GroupStatus.FINISHED},
     GroupStatus.FINISHED: set(),
 }
 

@@ -103,6 +103,7 @@ class ScheduleSettings:
     truncation: Literal["off", "keep_head", "keep_tail"]
     prefix_cache: bool = False  # prompts reuse the blocks of earlier ones that begin alike
     guess_length: int = 0  # tokens of a sequence that speculative decoding guesses per step; 0: none
+    max_preempt_count: int = 0  # requests swapped out per step; others that give way are computed again
     mix: MixSettings | None = None  # None: a step computes prompts or decodes
 
 

@@ -83,6 +83,16 @@ def count_blocks(
     return blocks
 
 
+def count_host_blocks(
+    block_bytes: int, model: ModelSettings, schedule: ScheduleSettings, block_size: int
+) -> int:
+    """Blocks that swapped requests may keep in the host's memory: cpuMemSize, or all they can ever need."""
+    if not schedule.max_preempt_count:
+        return 0
+    most = schedule.max_batch_size * blocks_per_sequence(schedule.max_seq_len, block_size)
+    return min(model.cpu_mem_gib * 2**30 // block_bytes, most)
+
+
 def sizing_key(model: ModelSettings) -> str:
     """The key of config.json that decides how large the cache is."""
     if model.kv_block_num > 0:

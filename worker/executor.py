@@ -39,6 +39,7 @@ class LeaderExecutor:
     def run(self, plan: StepPlan) -> Sampled:
         start = time.perf_counter()
         self.sampler.expect(plan.samples)
+        self.runner.swap(plan)
         prompts = PromptLogprobs.of(plan)
         logits, failed = self._forward(plan, prompts)
         computed = time.perf_counter()

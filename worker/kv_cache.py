@@ -53,6 +53,12 @@ class KvCache:
             for pages in layer:
                 yield from tensors_of(pages)
 
+    def fetch(self, other: KvCache, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks of another cache, (its block, ours) each."""
+        sources, destinations = (list(blocks) for blocks in zip(*moves, strict=True))
+        for tensor, source in zip(self.tensors(), other.tensors(), strict=True):
+            tensor[destinations] = source[sources].to(tensor.device)
+
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (source, destination) each; all sources are read before anything is written."""
         sources, destinations = (list(blocks) for blocks in zip(*copies, strict=True))

@@ -10,6 +10,7 @@ from typing import NoReturn
 from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.mix import make_scheduler
+from engine.swap_space import SwapSpace
 from engine.wire.messages import EngineReady, Progress, Ready
 from worker.context import WorkerContext
 from worker.executor import LeaderExecutor
@@ -63,7 +64,7 @@ def run_worker(given: WorkerContext) -> NoReturn:
     blocks = BlockManager(num_blocks, schedule.block_size, prefix_cache=schedule.prefix_cache)
     core = EngineCore(
         wire.instance,
-        make_scheduler(schedule, blocks, runner.eos_token_ids),
+        make_scheduler(schedule, blocks, runner.eos_token_ids, SwapSpace(runner.num_host_blocks)),
         LeaderExecutor(runner, Sampler(runner.vocab_size, runner.eos_token_ids, grammars)),
         open_link(given, greeting),
         watched(given),

@@ -25,6 +25,7 @@ from engine.mix import make_scheduler
 from engine.plan import StepPlan
 from engine.sequence import Sequence
 from engine.settings import ModelSettings, ScheduleSettings
+from engine.swap_space import SwapSpace
 from engine.wire.messages import EngineReady, Ready
 from worker.config_values import ConfigValues
 from worker.context import WorkerContext
@@ -104,7 +105,7 @@ def run_mock_worker(given: WorkerContext) -> NoReturn:
     blocks = BlockManager(num_blocks, schedule.block_size, prefix_cache=schedule.prefix_cache)
     core = EngineCore(
         given.wire.instance,
-        make_scheduler(schedule, blocks, eos),
+        make_scheduler(schedule, blocks, eos, SwapSpace(num_blocks if schedule.max_preempt_count else 0)),
         EchoExecutor(vocab_size, len(eos)),
         open_link(given, greeting),
         watched(given),

@@ -18,7 +18,7 @@ from engine.wire.keepsake import Keepsake
 from worker.attention.base import AttentionBackend, AttentionSpec
 from worker.attention.registry import make_attention
 from worker.batch import make_batch, split_by_arithmetic, split_plan
-from worker.cache_size import activation_bytes, count_blocks, holds_int8
+from worker.cache_size import activation_bytes, count_blocks, count_host_blocks, holds_int8
 from worker.config_values import ConfigValues
 from worker.hf_config import eos_token_ids
 from worker.kv_cache import KvCache, KvSpec
@@ -95,6 +95,9 @@ class ModelRunner:
         )
         self.block_bytes = self._kv_spec.block_bytes
         self._activation_bytes = activation_bytes(config, self._schedule)
+        self.num_host_blocks = count_host_blocks(
+            self.block_bytes, self._settings, self._schedule, self._schedule.block_size
+        )
         self._check_memory()
         self._choose_kernels(quantised=bool(checkpoint.quantisation.types))
         spec = AttentionSpec(
@@ -140,7 +143,7 @@ class ModelRunner:
         All workers start together and none holds anything yet, so each may count on an equal share.
         """
         share = self._platform.memory().available // self._num_workers
-        self._count_blocks(available_bytes=share - self.weight_bytes - self._activation_bytes)
+        self._count_blocks(available_bytes=share - self.weight_bytes - self._other_bytes())
 
     @property
     def device_name(self) -> str:
@@ -155,7 +158,12 @@ class ModelRunner:
 
         No share of the memory any more: the other workers hold theirs by now, and `load` counted all of them.
         """
-        return self._count_blocks(available_bytes=self._platform.memory().available - self._activation_bytes)
+        return self._count_blocks(available_bytes=self._platform.memory().available - self._other_bytes())
+
+    def _other_bytes(self) -> int:
+        """What the device's memory has to hold besides weights and cache."""
+        shares_memory = self._platform.device.type == "cpu"
+        return self._activation_bytes + shares_memory * self.num_host_blocks * self.block_bytes
 
     def _count_blocks(self, available_bytes: int) -> int:
         return count_blocks(
@@ -169,6 +177,14 @@ class ModelRunner:
     def allocate(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
         self._cache = KvCache(self._kv_spec, num_blocks, self._platform.device)
+        self._host_cache = KvCache(self._kv_spec, self.num_host_blocks, torch.device("cpu"))
+
+    def swap(self, plan: StepPlan) -> None:
+        """Make the plan's moves between cache and host memory; to be done once, before `forward`."""
+        if plan.swap_out:
+            self._host_cache.fetch(self._cache, plan.swap_out)
+        if plan.swap_in:
+            self._cache.fetch(self._host_cache, plan.swap_in)
 
     def warm_up(self) -> None:
         """Run every kind of step once, so that no request pays for kernels prepared on first use.

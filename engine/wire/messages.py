@@ -73,12 +73,15 @@ class EngineStats:
     instance: int
     waiting: int
     running: int
+    swapped: int
     preemptions: int  # since start
     free_blocks: int
     prefix_tokens: int  # of prompts, looked up in the prefix cache since start
     prefix_hits: int  # of them, found there
-    guessed_tokens: int = 0  # by speculative decoding since start
-    right_guesses: int = 0  # of them, what the model said
+    guessed_tokens: int  # by speculative decoding since start
+    right_guesses: int  # of them, what the model said
+    host_blocks: int  # for swapped requests
+    free_host_blocks: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,10 +301,11 @@ def test_what_only_changes_speed_is_announced(home: Home, section: str, changes:
     assert "not available in this build yet" in home.warning(innermost)
 
 
-def test_swapping_is_replaced_by_recomputing(home: Home) -> None:
+def test_swapping_is_switched_on_by_its_count(home: Home) -> None:
     home.schedule["maxPreemptCount"] = 1
     home.model["cpuMemSize"] = 1
-    assert "recomputing instead" in home.warning("maxPreemptCount=1")
+    assert home.load().schedule.max_preempt_count == 1
+    assert not [warning for warning in home.load().warnings if "maxPreemptCount" in warning]
 
 
 def test_remote_code_and_plain_http_are_security_warnings(home: Home) -> None:

@@ -1,4 +1,4 @@
-"""prefix_cache and splitfuse on the running daemon: equal answers, reported hits, nothing across keys."""
+"""Prefix cache, Mix and swapping on the running daemon: equal answers, hits told, nothing across keys."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def configuration(plugin: str, blocks: int, **changes: Any) -> Json:
     params = json.dumps({"plugin_type": plugin}) if plugin else ""
     return merge(
         limits,
-        model_config(plugin_params=params, modelName="mindie-tiny", modelWeightPath=str(TINY_MODEL)),
+        model_config(
+            plugin_params=params, cpuMemSize=1, modelName="mindie-tiny", modelWeightPath=str(TINY_MODEL)
+        ),
     )
 
 
@@ -88,10 +90,13 @@ def test_answers_are_those_of_neither_and_hits_are_told(make_daemon: MakeDaemon)
     assert hits == 0
     plain.stop()
     # pieces of 64 tokens at most are less than a prompt
-    mix = {"templateType": "Mix", "maxPrefillTokens": 64, "maxBatchSize": 24, "maxPrefillBatchSize": 0}
+    mix = {
+        "templateType": "Mix", "maxPrefillTokens": 64, "maxBatchSize": 24, "maxPrefillBatchSize": 0,
+        "maxPreemptCount": 4,
+    }  # fmt: skip
     mixed = make_daemon(configuration("splitfuse", 32, **mix)).start().wait_ready()
     assert everything(mixed) == (want, 0)
-    assert "preempted" in mixed.log("mindie-llm-request")
+    assert "swapped out" in mixed.log("mindie-llm-request")
     mixed.stop()
     # a third of what they need at once: they preempt each other, and what is kept is evicted
     daemon = make_daemon(configuration("prefix_cache", 32)).start().wait_ready()

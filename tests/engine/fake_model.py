@@ -17,6 +17,7 @@ from engine.plan import StepPlan
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
+from engine.swap_space import SwapSpace
 
 EOS = 7
 VOCAB = 8
@@ -31,12 +32,17 @@ def _mix(before: int, token: int) -> int:
 class FakeModel:
     """Holds for each slot of the cache what its token and all before it have made of it."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         self._block_size = block_size
         self._kv = np.zeros((num_blocks, block_size), np.int64)
+        self._host = np.zeros((num_host_blocks, block_size), np.int64)
 
     def run(self, plan: StepPlan) -> Sampled:
         """Compute the plan; reproducible rows are made of other numbers than those that are not."""
+        for block, host in plan.swap_out:
+            self._host[host] = self._kv[block]
+        for host, block in plan.swap_in:
+            self._kv[block] = self._host[host]
         if plan.copies:
             sources, destinations = (list(blocks) for blocks in zip(*plan.copies, strict=True))
             self._kv[destinations] = self._kv[sources]
@@ -138,10 +144,10 @@ def same(got: dict[int, list[list[int]]], want: dict[int, list[list[int]]], asks
 class Machine:
     """A scheduler, its blocks and the model; proves their invariants after every step."""
 
-    def __init__(self, limits: ScheduleSettings, num_blocks: int) -> None:
+    def __init__(self, limits: ScheduleSettings, num_blocks: int, num_host_blocks: int = 0) -> None:
         self.blocks = BlockManager(num_blocks, limits.block_size, prefix_cache=limits.prefix_cache)
-        self.scheduler = make_scheduler(limits, self.blocks, [EOS])
-        self.model = FakeModel(num_blocks, limits.block_size)
+        self.scheduler = make_scheduler(limits, self.blocks, [EOS], SwapSpace(num_host_blocks))
+        self.model = FakeModel(num_blocks, limits.block_size, num_host_blocks)
         self.now = 0.0
         self.answers: dict[int, list[list[int]]] = {}  # by request: what each branch was told
         self.cached: dict[int, int] = {}
@@ -191,4 +197,5 @@ class Machine:
                 break
         assert not self.scheduler.has_work
         assert self.blocks.num_free == self.blocks.num_blocks
+        assert self.scheduler.swap.num_free == self.scheduler.swap.num_blocks
         return self.answers

@@ -56,6 +56,7 @@ def lengths(served: Machine) -> list[list[int]]:
     num_blocks=st.sampled_from((20, 26, 64)),
     budget=st.sampled_from((7, 16, 64)),
     prefix_cache=st.booleans(),
+    host_blocks=st.sampled_from((0, 5, 40)),
     mix=st.builds(
         MixSettings,
         chunk_size=st.sampled_from((0, 0, 1, 3, 7)),
@@ -65,13 +66,15 @@ def lengths(served: Machine) -> list[list[int]]:
     ),
 )
 def test_answers_are_those_of_whole_prompts(
-    requests: list[Ask], num_blocks: int, budget: int, prefix_cache: bool, mix: MixSettings
+    requests: list[Ask], num_blocks: int, budget: int, prefix_cache: bool, host_blocks: int, mix: MixSettings
 ) -> None:
     """20 blocks are too few for most of them at once: they preempt each other, some in mid-prompt."""
     plain = Machine(replace(LIMITS, mix=None, max_prefill_tokens=64), num_blocks=640)
     want = plain.serve(replace(ask, hangs_up=0) for ask in requests)
-    limits = replace(LIMITS, mix=mix, max_prefill_tokens=budget, prefix_cache=prefix_cache)
-    mixed = Machine(limits, num_blocks)
+    limits = replace(
+        LIMITS, mix=mix, max_prefill_tokens=budget, prefix_cache=prefix_cache, max_preempt_count=2
+    )
+    mixed = Machine(limits, num_blocks, host_blocks)
     assert same(mixed.serve(requests), want, requests)
     assert all(plan.num_tokens <= budget for plan in mixed.plans)
 

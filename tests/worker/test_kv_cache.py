@@ -14,7 +14,7 @@ from engine.errors import EXIT_INIT, StartupError
 from engine.plan import StepKind
 from engine.quantisation import Quantisation
 from tests.worker.conftest import MODEL, SCHEDULE, Harness
-from worker.cache_size import activation_bytes, count_blocks, holds_int8
+from worker.cache_size import activation_bytes, count_blocks, count_host_blocks, holds_int8
 from worker.config_values import ConfigValues
 from worker.kv_cache import KvCache, KvSpec
 from worker.kv_pages import gather, slots_of, store
@@ -145,3 +145,24 @@ def test_no_step_may_need_more_than_the_estimate(checkpoint: Checkpoint) -> None
 def test_more_than_the_memory_is_refused() -> None:
     with pytest.raises(StartupError, match="npuMemSize"):
         count(kv_cache_gib=8, available_bytes=2**30)
+
+
+def test_blocks_move_to_another_cache_and_back() -> None:
+    spec = KvSpec(num_layers=2, block_size=4, num_kv_heads=1, head_dim=3, dtype=torch.bfloat16)
+    cache, host = (KvCache(spec, num_blocks, torch.device("cpu")) for num_blocks in (5, 3))
+    for layer in cache.layers:
+        for tensor in layer:
+            tensor.copy_(torch.randn(tensor.shape))
+    before = [tensor.clone() for layer in cache.layers for tensor in layer]
+    host.fetch(cache, [(4, 0), (1, 2)])
+    cache.fetch(host, [(2, 3), (0, 0)])
+    for tensor, old in zip((tensor for layer in cache.layers for tensor in layer), before, strict=True):
+        assert torch.equal(tensor, old[[4, 1, 2, 1, 4]])
+
+
+@pytest.mark.parametrize(("count", "gib", "blocks"), [(0, 1, 0), (1, 1, 2**30 // 4096), (1, 5, 300_000)])
+def test_the_host_keeps_what_cpu_mem_size_holds_or_all_that_can_ever_be_swapped(
+    count: int, gib: int, blocks: int
+) -> None:
+    schedule = replace(SCHEDULE, max_preempt_count=count, max_batch_size=300, max_seq_len=16_000)
+    assert count_host_blocks(4096, replace(MODEL, cpu_mem_gib=gib), schedule, block_size=16) == blocks
