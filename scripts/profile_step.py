@@ -164,7 +164,11 @@ def blocks_needed(limits: ScheduleSettings) -> int:
 
 
 def load_runner(
-    model: Path, limits: ScheduleSettings, threads: int, dtype: Literal["auto", "float32", "bfloat16"]
+    model: Path,
+    limits: ScheduleSettings,
+    threads: int,
+    dtype: Literal["auto", "float32", "bfloat16"],
+    kv_cache_dtype: Literal["auto", "int8"] = "auto",
 ) -> ModelRunner:
     settings = ModelSettings(
         name=model.name,
@@ -181,6 +185,7 @@ def load_runner(
         ignore_eos=True,
         world_size=1,
         cpu_mem_gib=0,
+        kv_cache_dtype=kv_cache_dtype,
     )
     runner = ModelRunner(settings, limits, 0, lambda phase, fraction: None)
     runner.load()
@@ -324,6 +329,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=128, help="tokens per KV block (128)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: one per core")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "int8"), default="auto",
+                        help="what keys and values are kept in; with --against, by the second")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--seeds", action="store_true", help="instead: what seeds cost, both ways in turn")
     parser.add_argument("--against", type=Path, metavar="DIR", help="instead: this model too, both in turn")
@@ -337,8 +344,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = [int(size) for size in args.batch.split(",")]
     try:
         largest = schedule_settings(max(sizes), args.context, args.steps, args.block_size)
-        runner = load_runner(args.model, largest, args.threads, args.dtype)
-        other = load_runner(args.against, largest, args.threads, args.dtype) if args.against else None
+        first, second = ("auto", args.kv_cache_dtype) if args.against else (args.kv_cache_dtype, "auto")
+        runner = load_runner(args.model, largest, args.threads, args.dtype, first)
+        other = load_runner(args.against, largest, args.threads, args.dtype, second) if args.against else None
     except (StartupError, ValueError) as error:
         print(f"cannot profile: {error}", file=sys.stderr)
         return 2
