@@ -117,6 +117,7 @@ class ModelRunner:
             self.max_seq_len,
             lambda fraction: self._progress("weights", fraction),
         )
+        self._platform.give_back_memory()
         # where there is only one way, nothing is cut for the sake of another
         only_way = self._platform.independent_rows and self._invariant_attention is self._attention
         self._all_invariant = only_way or self._settings.batch_invariant

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +114,27 @@ def test_threads_are_the_cores_of_the_affinity_mask_over_the_workers() -> None:
     assert torch.get_num_threads() == 1
     CpuPlatform().set_up(device_id=0, num_workers=1, threads=3)
     assert torch.get_num_threads() == 3
+
+
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    """In a process of its own: the setting stays. A block below the buffer keeps the heap from shrinking."""
+    script = (
+        "import psutil, torch\n"
+        "from worker.platforms.cpu import CpuPlatform\n"
+        "platform = CpuPlatform()\n"
+        "platform.set_up(0, 1, 1)\n"
+        "held = psutil.Process().memory_info\n"
+        "weight = torch.ones(50 * 2**20)\n"
+        "above = torch.ones(2**20)\n"
+        "before = held().rss\n"
+        "del weight\n"
+        "kept = held().rss\n"
+        "platform.give_back_memory()\n"
+        "print((before - kept) >> 20, (before - held().rss) >> 20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    kept_less, given_back = map(int, done.stdout.split())
+    assert kept_less < 20 and given_back > 180
 
 
 @pytest.fixture

@@ -38,6 +38,9 @@ class Platform(Protocol):
     def is_out_of_memory(self, error: Exception) -> bool:
         """Whether the error says that memory could not be had, and nothing else is wrong."""
 
+    def give_back_memory(self) -> None:
+        """Return to the system what has been freed and kept for reuse."""
+
     def kv_budget(self, num_workers: int) -> int:
         """Bytes one worker may spend on its KV cache when nobody said how many; falls as memory is taken."""
 

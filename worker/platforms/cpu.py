@@ -82,6 +82,12 @@ class CpuPlatform:
         """torch has no type of its own for it here; the kernel refuses only at limits of address space."""
         return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
+    def give_back_memory(self) -> None:
+        """Each weight is in memory twice while it is laid out anew: for a vocabulary, hundreds of MiB."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
     def kv_budget(self, num_workers: int) -> int:
         return int(self.memory().available * CPU_KV_SHARE) // num_workers
 
