@@ -156,12 +156,7 @@ class LlamaForCausalLM:
         self._rotary = RotaryTable(config.rope, config.head_dim, max_seq_len, dtype, platform.device)
         self._ops = platform.row_ops
         reader = WeightReader(checkpoint, platform, dtype)
-        self._layers = []
-        for index in range(config.num_layers):
-            self._layers.append(DecoderLayer(config, reader, f"model.layers.{index}."))
-            progress((index + 1) / (config.num_layers + 1))
-        self.projections, self.step_adapters = reader.projections, reader.step_adapters
-        self._final_norm = reader.plain(_FINAL_NORM)
+        # the largest tensor comes first: while it is packed there is little else in memory
         self._embed: Lookup
         if config.tie_word_embeddings:
             self._head, self._embed = reader.tied(_EMBEDDING)
@@ -169,6 +164,12 @@ class LlamaForCausalLM:
             embedding = reader.plain(_EMBEDDING)
             self._embed = lambda ids: functional.embedding(ids, embedding)
             self._head = reader.linear("", _HEAD)
+        self._layers = []
+        for index in range(config.num_layers):
+            self._layers.append(DecoderLayer(config, reader, f"model.layers.{index}."))
+            progress((index + 1) / (config.num_layers + 1))
+        self.projections, self.step_adapters = reader.projections, reader.step_adapters
+        self._final_norm = reader.plain(_FINAL_NORM)
         progress(1.0)
 
     @staticmethod
