@@ -388,7 +388,9 @@ class Scheduler:
                 break
             needed_blocks, needed_tokens = needs(self.blocks, group)
             # alone, a request may exceed the budget: recomputed, it holds its output besides the prompt
-            if batch and tokens + needed_tokens > limits.max_prefill_tokens:
+            if batch and tokens + needed_tokens > min(
+                limits.max_prefill_tokens, limits.enough_prefill_tokens
+            ):
                 break
             # Resuming into the very last block means being preempted by the next decode step.
             takes_all = needed_blocks == self.blocks.num_free

@@ -105,6 +105,7 @@ class ScheduleSettings:
     guess_length: int = 0  # tokens of a sequence that speculative decoding guesses per step; 0: none
     max_preempt_count: int = 0  # requests swapped out per step; others that give way are computed again
     mix: MixSettings | None = None  # None: a step computes prompts or decodes
+    enough_prefill_tokens: int = 2**31  # several prompts share a prefill step up to here: the device's wish
 
 
 @dataclass(frozen=True, slots=True)

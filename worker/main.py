@@ -47,7 +47,9 @@ def run_worker(given: WorkerContext) -> NoReturn:
     runner.warm_up()
 
     max_seq_len = runner.max_seq_len
-    schedule = replace(given.schedule, max_seq_len=max_seq_len)
+    schedule = replace(
+        given.schedule, max_seq_len=max_seq_len, enough_prefill_tokens=runner.enough_prefill_tokens
+    )
 
     def greeting() -> EngineReady:
         return EngineReady(

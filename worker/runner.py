@@ -150,6 +150,11 @@ class ModelRunner:
     def device_name(self) -> str:
         return self._platform.name
 
+    @property
+    def enough_prefill_tokens(self) -> int:
+        """Prompt tokens beyond which a step takes longer and computes no faster."""
+        return self._platform.enough_rows
+
     def is_out_of_memory(self, error: Exception) -> bool:
         """Whether a failed `forward` would do with less to compute at once."""
         return self._platform.is_out_of_memory(error)

@@ -99,6 +99,18 @@ def test_prefill_batch_respects_sequence_and_token_budgets_without_overtaking() 
     assert plan is not None and [seq.request_id for seq in plan.sequences] == [2, 3]
 
 
+def test_prompts_come_one_after_the_other_where_a_few_keep_the_device_busy() -> None:
+    scheduler = make_scheduler(enough_prefill_tokens=16)
+    for request_id, prompt in ((1, 8), (2, 8), (3, 30), (4, 5)):
+        scheduler.add(make_group(request_id, prompt))
+    steps = []
+    for _ in range(3):
+        plan, _ = run_step(scheduler, 1.0)
+        assert plan is not None and plan.kind is StepKind.PREFILL
+        steps.append([seq.request_id for seq in plan.sequences])
+    assert steps == [[1, 2], [3], [4]]
+
+
 def test_running_never_exceeds_the_batch_size() -> None:
     scheduler = make_scheduler(max_batch_size=3, max_prefill_batch_size=2)
     for request_id in range(6):

@@ -23,6 +23,7 @@ class Platform(Protocol):
     name: str
     row_ops: RowOps
     arithmetic: StepArithmetic  # of all layers this platform packs
+    enough_rows: int  # with more in a product none of them is computed sooner
 
     @property
     def device(self) -> torch.device: ...

@@ -49,6 +49,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 class CpuPlatform:
     name = "cpu"
+    # Products are bound by arithmetic from about 128 rows on. Prompts one after the other take as long as all
+    # of them together, and half of their users need not wait for the rest.
+    enough_rows = 512
 
     def __init__(self) -> None:
         self._kernels: dict[torch.dtype, LinearKernels] = {}
