@@ -155,24 +155,28 @@ template <class T> struct Worker {
     // What other slots of the cache hold, be it NaN, is not read. `ahead`: how many are wanted next.
     void load_portion(const Item& item, int64_t first, int64_t count, int64_t ahead) {
         int64_t dim = shape.head_dim, starts[2 * PORTION];
+        const T *k = k_cache, *v = v_cache;
+        float *__restrict key_columns = keys, *__restrict value_rows = values;
         find_slots(item, first, count + ahead, starts);
         for (int64_t i = count; i < count + ahead; i++)
             for (int64_t d = 0; d < dim; d += 64 / (int)sizeof(T)) {
-                __builtin_prefetch(k_cache + starts[i] + d);
-                __builtin_prefetch(v_cache + starts[i] + d);
+                __builtin_prefetch(k + starts[i] + d);
+                __builtin_prefetch(v + starts[i] + d);
             }
-        for (int64_t i = 0; i < PORTION; i += LANES)
+        for (int64_t i = 0; i < PORTION; i += LANES) {
+            int64_t here = count - i;
             for (int64_t d = 0; d < dim; d += LANES) {
                 vf rows[LANES];
 #pragma GCC unroll 16
-                for (int j = 0; j < LANES; j++) rows[j] = i + j < count ? load(k_cache + starts[i + j] + d) : vf{};
+                for (int j = 0; j < LANES; j++) rows[j] = j < here ? load(k + starts[i + j] + d) : vf{};
                 transpose(rows);
 #pragma GCC unroll 16
-                for (int j = 0; j < LANES; j++) store(keys + (d + j) * PORTION + i, rows[j]);
+                for (int j = 0; j < LANES; j++) store(key_columns + (d + j) * PORTION + i, rows[j]);
             }
-        for (int64_t i = 0; i < PORTION; i++)
-            for (int64_t d = 0; d < dim; d += LANES)
-                store(values + i * dim + d, i < count ? load(v_cache + starts[i] + d) : vf{});
+        }
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t d = 0; d < dim; d += LANES) store(value_rows + i * dim + d, load(v + starts[i] + d));
+        memset(value_rows + count * dim, 0, sizeof(float) * (PORTION - count) * dim);
     }
 
     // The sums of a segment; rows that see nothing of it keep a largest of minus infinity.

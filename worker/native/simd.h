@@ -89,13 +89,32 @@ INLINE float max_in(vf v) {
 
 typedef uint16_t bf16;
 
-INLINE vf widen(half_vu v) { return (vf)(__builtin_convertvector(v, vu) << 16); }
+// compilers take the conversions to pieces
+INLINE vu wide_bits(half_vu v) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+    return (vu)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+    return __builtin_convertvector(v, vu);
+#endif
+}
+
+INLINE half_vu low_halves(vu v) {
+#if defined(__AVX512F__)
+    return (half_vu)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+    return __builtin_convertvector(v, half_vu);
+#endif
+}
+
+INLINE vf widen(half_vu v) { return (vf)(wide_bits(v) << 16); }
 
 // to the nearest, ties to even; NaN stays NaN
 INLINE half_vu narrow(vf v) {
     vu bits = (vu)v;
     vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40), half_vu);
+    return low_halves(v == v ? rounded : (bits >> 16 | 0x40));
 }
 
 INLINE vf load(const float* from) { return load_as<vf>(from); }
