@@ -23,7 +23,7 @@ from worker.batch import make_batch
 from worker.config_values import ConfigValues
 from worker.layers.norm import rms_norm
 from worker.layers.rotary import RotaryTable
-from worker.loader import Checkpoint
+from worker.loader import EMBEDDING, HEAD, Checkpoint
 from worker.models.llama import DecoderLayer, WeightReader
 from worker.models.registry import model_class
 from worker.platforms.base import Linear
@@ -125,7 +125,8 @@ def mean_loss(checkpoint: Checkpoint, texts: Sequence[list[int]]) -> float:
     values = ConfigValues.read(checkpoint.folder / "config.json")
     config = model_class(values).parse_config(values)
     norm = reader.plain("model.norm")
-    head = reader.linear("", "model.embed_tokens" if config.tie_word_embeddings else "lm_head")
+    has_own_head = not config.tie_word_embeddings or checkpoint.quantisation.type_of(HEAD) != "FLOAT"
+    head = reader.linear("", HEAD if has_own_head else EMBEDDING)
     total, count = 0.0, 0
     for ids, hidden in zip(texts, states, strict=True):
         wanted = torch.tensor(ids[1:])
@@ -154,7 +155,7 @@ def _hidden_states(
     k_cache, v_cache = torch.zeros(2, 1, longest, config.num_kv_heads, config.head_dim, dtype=dtype)
     rotary = RotaryTable(config.rope, config.head_dim, longest, dtype, platform.device)
     batches = [make_batch(_whole(ids, longest), platform.device) for ids in texts]
-    embedding = checkpoint.take("model.embed_tokens.weight", dtype=dtype)
+    embedding = checkpoint.take(f"{EMBEDDING}.weight", dtype=dtype)
     states = [functional.embedding(batch.input_ids, embedding) for batch in batches]
     del embedding
     for index in range(config.num_layers):

@@ -9,10 +9,12 @@ w8a8          int8 weights; activations are quantised with constants, found on t
               line is a text, or a JSON object with "question" and "answer" that is asked in the model's chat
 w8a16         int8 weights; activations stay as they are
 
-The linear layers of the decoder are quantised, with a scale for each output; embeddings, norms and the head
-are not. Tensors are read, quantised and written one by one, and texts run through one layer at a time, so
-that the model need not fit into memory. --check tells what it costs: the loss per token of both on texts that
-the calibration has not seen. What it costs in answers: scripts/eval_accuracy.py on both.
+The linear layers of the decoder are quantised, with a scale for each output; embeddings and norms are not,
+the head with --head: it is the largest product of a step, and one tied to the embedding gets a copy of its
+own, a byte for each of its numbers. Tensors are read, quantised and written one by one, and texts run through
+one layer at a time, so that the model need not fit into memory. --check tells what it costs: the loss per
+token of both on texts that the calibration has not seen. What it costs in answers: scripts/eval_accuracy.py
+on both.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from engine.errors import StartupError
 from engine.quantisation import DESCRIPTION, SCHEMES
 from scripts.layerwise import Ranges, draw_progress, input_ranges, mean_loss, read_texts
 from worker.config_values import ConfigValues
-from worker.loader import Checkpoint
+from worker.loader import EMBEDDING, HEAD, Checkpoint
 from worker.models.registry import model_class
 
 KINDS = {"w8a8": "W8A8", "w8a8_dynamic": "W8A8_DYNAMIC", "w8a16": "W8A16"}
@@ -181,32 +183,43 @@ def quantised_modules(shapes: Mapping[str, tuple[int, ...]], keep: Sequence[str]
 
 
 def quantise(
-    checkpoint: Checkpoint, writer: Writer, kind: str, keep: Sequence[str], ranges: Ranges
+    checkpoint: Checkpoint,
+    writer: Writer,
+    kind: str,
+    keep: Sequence[str],
+    ranges: Ranges,
+    head: bool = False,
 ) -> Summary:
-    """Write every tensor of the checkpoint, quantised where it is to be."""
+    """Write every tensor of the checkpoint, quantised where it is to be; `head`: the vocabulary head too."""
     values = ConfigValues.read(checkpoint.folder / "config.json")
     shapes = model_class(values).tensor_shapes(model_class(values).parse_config(values))
     modules = set(quantised_modules(shapes, keep))
     if not modules:
         raise ValueError("--keep leaves no layer to be quantised")
+    if head:
+        modules.add(HEAD)
+        # rows of int8 do not serve as an embedding: a tied head gets a copy
+        shapes = {**shapes, f"{HEAD}.weight": shapes[f"{EMBEDDING}.weight"]}
     summary = Summary()
     for number, name in enumerate(shapes):
         module, _, part = name.rpartition(".")
-        tensor = checkpoint.raw(name)
-        summary.bytes_before += tensor.nbytes
+        tensor = checkpoint.raw(name if name in checkpoint else f"{EMBEDDING}.weight")
+        summary.bytes_before += tensor.nbytes if name in checkpoint else 0
         if module not in modules:
             writer.add(name, tensor, "FLOAT")
         elif part == "weight":
             q, scale = quantise_weight(tensor)
             summary.note(module, tensor, q, scale)
             bias = checkpoint.raw(f"{module}.bias") if f"{module}.bias" in shapes else None
+            static = kind == "W8A8" and module != HEAD
             parts = (
                 static_parts(q, scale, bias, ranges[module])
-                if kind == "W8A8"
+                if static
                 else {"weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
             )
+            how = kind if static or kind == "W8A16" else "W8A8_DYNAMIC"
             for key, value in {"weight": q, **parts}.items():
-                writer.add(f"{module}.{key}", value, kind)
+                writer.add(f"{module}.{key}", value, how)
         elif kind != "W8A8":  # there it is part of quant_bias
             writer.add(name, tensor.float(), kind)
         checkpoint.release()
@@ -238,6 +251,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=positive_int, default=512, help="of each text (512)")
     parser.add_argument("--keep", action="append", default=[], metavar="PART",
                         help="leave layers as they are whose name contains this (repeatable)")  # fmt: skip
+    parser.add_argument("--head", action="store_true", help="quantise the vocabulary head too")
     parser.add_argument("--shard-mib", type=positive_int, default=4096, help="size of a weight file (4096)")
     parser.add_argument("--force", action="store_true", help="replace what is in the directory")
     args = parser.parse_args(argv)
@@ -272,7 +286,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     args.out.mkdir(parents=True, exist_ok=True)
     args.out.chmod(DIRECTORY_MODE)
     writer = Writer(args.out, f"quant_model_weight_{args.scheme}", args.shard_mib * 2**20)
-    summary = quantise(checkpoint, writer, KINDS[args.scheme], args.keep, ranges)
+    summary = quantise(checkpoint, writer, KINDS[args.scheme], args.keep, ranges, args.head)
     files = writer.close()
     write_json(args.out / DESCRIPTION, {"model_quant_type": KINDS[args.scheme], **writer.description})
     copy_others(args.model, args.out, args.scheme)

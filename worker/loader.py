@@ -18,6 +18,7 @@ from engine.weight_files import StoredTensor, WeightFault, read_weights
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"  # what every family calls them
 _MAX_COMPLAINTS = 20  # a checkpoint of another model would fill the screen
 
 
@@ -54,6 +55,10 @@ class Checkpoint:
         `expected`, `ignorable`: of the model in floating point.
         """
         complaints = []
+        head, embedding = f"{HEAD}.weight", f"{EMBEDDING}.weight"
+        if head not in expected and self.quantisation.type_of(HEAD) != "FLOAT":
+            # tied, but quantised on its own: rows of int8 do not serve as an embedding
+            expected = {**expected, head: expected[embedding]}
         for name, shape in expected.items():
             module, _, kind = name.rpartition(".")
             how = self.quantisation.type_of(module)
@@ -95,7 +100,8 @@ class Checkpoint:
 
     def bytes_held(self, expected: Iterable[str], float_bytes: int) -> int:
         """What these tensors, and those their quantisation adds, take when computed with in `float_bytes`."""
-        names = {*expected, *self.quantisation.extras} & self._stored.keys()
+        quantised = (f"{module}.weight" for module in self.quantisation.types)
+        names = {*expected, *quantised, *self.quantisation.extras} & self._stored.keys()
         return self.quantisation.bytes_held({name: self._stored[name] for name in names}, float_bytes)
 
     def release(self) -> None:

@@ -117,6 +117,17 @@ def test_shards_hold_the_same_as_one_file(model: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_tied_head_gets_a_copy_of_its_own(model: Path, tmp_path: Path, texts: Path) -> None:
+    out = tmp_path / "out"
+    assert run(model, out, "w8a8", "--calibrate", str(texts), "--head") == 0
+    types = read_quantisation(out, read_weights(out)).types
+    assert types["lm_head"] == "W8A8_DYNAMIC" and types[UP] == "W8A8"
+    before, after = load_file(model / "model.safetensors"), stored(out)
+    embedding, scale = before["model.embed_tokens.weight"], after["lm_head.weight_scale"]
+    assert torch.equal(after["model.embed_tokens.weight"], embedding)
+    assert ((after["lm_head.weight"] * scale - embedding.float()).abs() <= scale * 0.5001).all()
+
+
 def test_the_loss_of_both_is_told(
     model: Path, tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -213,6 +213,18 @@ def test_weights_are_held_once_and_counted_in_bytes(folder: Path) -> None:
     assert int8_bytes == float_bytes - 3 * linears + 2 * 4 * rows
 
 
+def test_a_tied_head_may_be_quantised_on_its_own(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(folder / "float"), "--scheme", "w8a16", "--out"]
+    assert quantize.main([*arguments, str(tmp_path / "m"), "--head"]) == 0
+    plain, own = Harness(folder / "w8a16").runner, Harness(tmp_path / "m").runner
+    assert own.weight_bytes == plain.weight_bytes + 600 * (64 + 4 + 4)
+    want, got = logits_of(folder / "w8a16"), logits_of(tmp_path / "m")
+    assert 0 < (got - want).norm() < 0.02 * want.norm()
+    wrong = change(tmp_path / "m", tmp_path / "wrong", lm_head__weight=torch.ones(600, 32, dtype=torch.int8))
+    with pytest.raises(StartupError, match=r"lm_head.weight .* is \[600, 32\], expected \[600, 64\]"):
+        Harness(wrong)
+
+
 def change(source: Path, out: Path, **tensors: torch.Tensor) -> Path:
     """A copy of a checkpoint with some tensors put in place of others; __ in a name stands for a dot."""
     shutil.copytree(source, out)

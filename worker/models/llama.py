@@ -19,13 +19,11 @@ from worker.layers.adapted import AdaptedLinear, Projection, StepAdapters
 from worker.layers.quantized import SideBySide
 from worker.layers.rotary import RotaryTable
 from worker.layers.row_ops import Norm
-from worker.loader import Checkpoint
+from worker.loader import EMBEDDING, HEAD, Checkpoint
 from worker.platforms.base import Linear, Lookup, Platform
 from worker.quantised_weights import mergeable, norm_tensors, take_quantised
 
-_EMBEDDING = "model.embed_tokens"
 _FINAL_NORM = "model.norm"
-_HEAD = "lm_head"
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -158,12 +156,12 @@ class LlamaForCausalLM:
         reader = WeightReader(checkpoint, platform, dtype)
         # the largest tensor comes first: while it is packed there is little else in memory
         self._embed: Lookup
-        if config.tie_word_embeddings:
-            self._head, self._embed = reader.tied(_EMBEDDING)
+        if config.tie_word_embeddings and checkpoint.quantisation.type_of(HEAD) == "FLOAT":
+            self._head, self._embed = reader.tied(EMBEDDING)
         else:
-            embedding = reader.plain(_EMBEDDING)
+            embedding = reader.plain(EMBEDDING)
             self._embed = lambda ids: functional.embedding(ids, embedding)
-            self._head = reader.linear("", _HEAD)
+            self._head = reader.linear("", HEAD)
         self._layers = []
         for index in range(config.num_layers):
             self._layers.append(DecoderLayer(config, reader, f"model.layers.{index}."))
@@ -196,11 +194,11 @@ class LlamaForCausalLM:
             "mlp.down_proj": (hidden, inner, config.mlp_bias),
         }
         shapes: dict[str, tuple[int, ...]] = {
-            f"{_EMBEDDING}.weight": (config.vocab_size, hidden),
+            f"{EMBEDDING}.weight": (config.vocab_size, hidden),
             f"{_FINAL_NORM}.weight": (hidden,),
         }
         if not config.tie_word_embeddings:
-            shapes[f"{_HEAD}.weight"] = (config.vocab_size, hidden)
+            shapes[f"{HEAD}.weight"] = (config.vocab_size, hidden)
         for index in range(config.num_layers):
             prefix = f"model.layers.{index}."
             shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
@@ -216,7 +214,7 @@ class LlamaForCausalLM:
         # older exports stored what is computed here, and tied heads twice
         names = {f"model.layers.{index}.self_attn.rotary_emb.inv_freq" for index in range(config.num_layers)}
         if config.tie_word_embeddings:
-            names.add(f"{_HEAD}.weight")
+            names.add(f"{HEAD}.weight")
         return frozenset(names)
 
     def forward(self, batch: Batch, attention: AttentionBackend, cache: KvCache) -> Tensor:
