@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import beam
 from engine.block_manager import BlockManager
 from engine.errors import EngineBug
+from engine.executor import NOT_YET, Sampled
 from engine.plan import StepKind
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -152,3 +154,29 @@ def test_the_check_sees_a_block_that_is_idle_and_owned() -> None:
     seq.block_table = served.blocks.find(seq)
     with pytest.raises(EngineBug):
         served.blocks.check([seq])
+
+
+def test_a_token_that_is_computed_again_is_not_written_where_others_may_look() -> None:
+    """The second branch waits for its first token in the prompt's last block, which the first has filled."""
+    served = machine()
+    served.scheduler.add(Ask(TEXTS[0][:8], 4, branches=2).group(0, served.now))
+    plan = served.scheduler.schedule(1.0)
+    assert plan is not None
+    served.scheduler.commit(plan, Sampled(np.array([3, NOT_YET], np.int32)), 1.0)
+    served.scheduler.abort(0, 0)
+    plan = served.scheduler.schedule(2.0)
+    assert plan is not None and plan.positions.tolist() == [7] and len(plan.copies) == 1
+    assert not served.blocks.is_known(plan.copies[0][1])
+
+
+def test_a_beam_that_takes_over_another_is_known_by_what_it_holds_then() -> None:
+    blocks = BlockManager(16, BLOCK, prefix_cache=True)
+    source, target = (Sequence(0, np.array(text[:9], np.int32), SamplingParams(4)) for text in TEXTS)
+    for seq in (source, target):
+        blocks.grow(seq)
+        seq.num_computed = 9
+        blocks.publish(seq)
+    blocks.release(target)
+    beam._fork(source, target, blocks)
+    assert target.block_digests == source.block_digests
+    assert blocks.find(target) == source.block_table[:2]

@@ -81,6 +81,19 @@ def test_branches_share_in_the_host_what_they_shared_in_the_cache() -> None:
     assert served.answers == Machine(LIMITS, 64).serve([Ask(TEXTS[0][:9], 8, branches=3)])
 
 
+def test_what_was_to_be_copied_for_a_branch_goes_out_from_where_it_is() -> None:
+    """The first branch has got its copy, not made yet, when there is no block for that of the second."""
+    requests = [Ask(TEXTS[1][:12], 6), Ask(TEXTS[0][:9], 6, branches=3)]
+    served = machine(8, limits=replace(LIMITS, max_seq_len=20))
+    served.add(0, requests[0])
+    served.add(1, requests[1])
+    served.turn()
+    plan = served.turn()
+    assert plan is not None and len(plan.swap_out) == 4 and not plan.copies
+    served.serve([])
+    assert served.answers == Machine(LIMITS, 64).serve(requests)
+
+
 def test_nobody_begins_before_those_who_had_to_go() -> None:
     served = machine(8, limits=replace(LIMITS, max_seq_len=28))
     requests = [Ask(TEXTS[0][:8], 16), Ask(TEXTS[1][:8], 16), Ask(TEXTS[0][:4], 1, turn=12)]
