@@ -8,8 +8,7 @@ from collections import deque
 # A mixed step may take so many times what the same rows take alone: streams are promised 2.5 for their gaps,
 # and part of a gap is not the step.
 _STRETCH = 2.2
-_LEAST_TOKENS = 16  # fewer would not be worth the step
-_UNKNOWN_TOKENS = 32  # while nothing has been measured
+_LEAST_TOKENS = 16  # fewer would not be worth the step; also taken while nothing has been measured
 _ROW_MULTIPLE = 16  # of the tokens of a step: kernels are prepared for each number of rows
 _MEMORY = 9  # steps whose median is believed: one that was disturbed counts for nothing
 
@@ -24,7 +23,7 @@ class ChunkPacer:
     def __init__(self) -> None:
         self._decode_s: dict[int, deque[float]] = {}  # by bits of the number of rows: seconds of a step
         self._token_s: deque[float] = deque(maxlen=_MEMORY)  # seconds of one token of a chunk
-        self._last_tokens = _UNKNOWN_TOKENS
+        self._last_tokens = _LEAST_TOKENS
 
     def note(self, rows: int, tokens: int, seconds: float) -> None:
         """A step of so many decoding rows and tokens of prompts has taken so long."""
@@ -42,10 +41,10 @@ class ChunkPacer:
         """Tokens of prompts for a step in which so many rows decode; at least 1."""
         decode = self._decode(rows)
         if decode is None or not self._token_s:
-            wanted = _UNKNOWN_TOKENS
+            wanted = _LEAST_TOKENS
         else:
             # at most twice as many as just now: where a token costs next to nothing, noise decides
-            most = 2 * max(self._last_tokens, _UNKNOWN_TOKENS)
+            most = 2 * max(self._last_tokens, _LEAST_TOKENS)
             cost = statistics.median(self._token_s)
             wanted = int(min(most, (_STRETCH - 1.0) * decode / cost)) if cost else most
         whole = (rows + wanted) // _ROW_MULTIPLE * _ROW_MULTIPLE

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from engine.beam import BeamSearch, Candidate, History
+from engine.beam import BeamSearch
 from engine.block_manager import BlockManager
 from engine.draft import Draft
 from engine.errors import EngineFailed, GenerationRefused, GrammarFailed, ServerError
-from engine.executor import NO_CONTINUATION, NOT_YET, PromptScores, Sampled
+from engine.executor import NO_CONTINUATION, NO_TOKEN, NOT_YET, Sampled
 from engine.group_blocks import allocate, can_ever_hold, needs
 from engine.logs import REQUESTS, TOKENS
 from engine.logs.codes import FIRST_TOKEN_LATE, code
@@ -22,6 +22,7 @@ from engine.sequence import GroupStatus, Sequence, SequenceGroup
 from engine.settings import ScheduleSettings
 from engine.speculation import Speculation
 from engine.swap_space import SwapSpace
+from engine.told import beam_candidates, logprobs_of, prompt_outcomes, told_step, wait_us
 
 log = logging.getLogger("llm.scheduler")
 request_log = logging.getLogger(REQUESTS)
@@ -161,7 +162,9 @@ class Scheduler:
     def commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Outcome]:
         """Apply what was sampled for `plan.samples` and end what is done."""
         outcomes = [
-            row for request_id, scores in sampled.prompts.items() for row in _prompt(request_id, scores)
+            row
+            for request_id, scores in sampled.prompts.items()
+            for row in prompt_outcomes(request_id, scores)
         ]
         for group in self._step_groups:
             group.waited += self._step_started - group.enqueued
@@ -194,22 +197,27 @@ class Scheduler:
                 seq.num_computed = seq.num_tokens - 1  # not what was computed behind a wrong guess
         for seq in plan.samples:
             self._by_id[seq.request_id].waited = 0.0
+        spoilt = {seq.request_id for seq in sampled.failed}
+        spoilt |= {
+            seq.request_id for seq, token in zip(plan.samples, tokens, strict=True) if token == NO_TOKEN
+        }
         for seq in plan.sequences:  # not sooner: a sample that is held back takes a token back
-            self.blocks.publish(seq)
+            if seq.request_id not in spoilt:
+                self.blocks.publish(seq)
         for group in self._step_groups:
             group.enqueued = now
         if plan.sample_rows is not None or any(o.finish is not FinishCode.NONE for o in outcomes):
             self._sweep_ended()
         if token_log.isEnabledFor(logging.DEBUG):
-            token_log.debug("%s", _told_step(plan))
+            token_log.debug("%s", told_step(plan))
         return outcomes
 
     def _commit_sample(self, group: SequenceGroup, seq: Sequence, sampled: Sampled, index: int) -> Outcome:
-        token, wait_us = int(sampled.tokens[index]), _wait_us(group)
+        token, waited = int(sampled.tokens[index]), wait_us(group)
         if token < 0:
             seq.ended = True
             error = GrammarFailed if token == NO_CONTINUATION else EngineFailed
-            return Outcome(seq.request_id, seq.branch, -1, FinishCode.ERROR, error, wait_us)
+            return Outcome(seq.request_id, seq.branch, -1, FinishCode.ERROR, error, waited)
         if not seq.block_table:  # a branch that starts from the prompt of branch 0
             self.blocks.share(group.sequences[0], seq)
             seq.num_computed = seq.num_tokens
@@ -217,14 +225,14 @@ class Scheduler:
         finish = self._finish_code(group, seq, token)
         # not released yet: its blocks may be what the next branch starts from
         seq.ended = finish is not FinishCode.NONE
-        logprob, top = _logprobs(sampled, index, group.params.logprobs)
+        logprob, top = logprobs_of(sampled, index, group.params.logprobs)
         return Outcome(
             seq.request_id,
             seq.branch,
             token,
             finish,
             None,
-            wait_us,
+            waited,
             logprob,
             top,
             preemptions=group.num_preemptions,
@@ -238,7 +246,7 @@ class Scheduler:
         for seq in live:
             seq.ended = True
         return [
-            Outcome(seq.request_id, seq.branch, -1, FinishCode.ERROR, EngineFailed, _wait_us(group))
+            Outcome(seq.request_id, seq.branch, -1, FinishCode.ERROR, EngineFailed, wait_us(group))
             for seq in live
         ]
 
@@ -253,23 +261,10 @@ class Scheduler:
     ) -> list[Outcome]:
         """Advance a beam search; its rows come all at once, when it is done."""
         search = group.beam_search
-        assert search is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+        assert search is not None
         if not plan.samples[indices[0]].num_output:
             indices = indices[:1]  # all beams start from the one prompt
-        candidates = []
-        for index in indices:
-            seq = plan.samples[index]
-            ids, logprobs = sampled.top_ids[index].tolist(), sampled.top_logprobs[index].tolist()
-            top = list(zip(ids, logprobs, strict=True))[: max(0, group.params.logprobs)]
-            scores = logprobs
-            if index in sampled.beams:
-                steered = sampled.beams[index]
-                ids, scores, logprobs = (
-                    column.tolist() for column in (steered.ids, steered.scores, steered.logprobs)
-                )
-            for token, gain, logprob in zip(ids, scores, logprobs, strict=True):
-                score = seq.cumulative_logprob + gain
-                candidates.append(Candidate(score, seq, History(token, logprob, top)))
+        candidates = beam_candidates(plan, sampled, indices, group.params.logprobs)
         search.advance(group.sequences, candidates, self.blocks)
         if not search.done:
             return []
@@ -282,7 +277,7 @@ class Scheduler:
                 step.token,
                 self._beam_finish(group, step.token) if step is answer.steps[-1] else FinishCode.NONE,
                 None,
-                _wait_us(group),
+                wait_us(group),
                 step.logprob,
                 step.top,
                 preemptions=group.num_preemptions,
@@ -568,31 +563,3 @@ class Scheduler:
 
 def _rank(group: SequenceGroup) -> tuple[float, int]:
     return group.rank, group.request_id
-
-
-def _wait_us(group: SequenceGroup) -> int:
-    return int(group.waited * 1e6)
-
-
-def _told_step(plan: StepPlan) -> str:
-    """Whose tokens a step made, as request.branch:count of its output; never which tokens."""
-    made = " ".join(f"{seq.request_id}.{seq.branch}:{seq.num_output}" for seq in plan.samples)
-    return f"{plan.kind.name.lower()} of {plan.num_rows} rows: {made}"
-
-
-def _prompt(request_id: int, scores: PromptScores) -> Iterator[Outcome]:
-    columns = (scores.tokens, scores.logprobs, scores.ranks, scores.other_ids, scores.other_logprobs)
-    for token, logprob, rank, ids, logprobs in zip(*(c.tolist() for c in columns), strict=True):
-        others = list(zip(ids, logprobs, strict=True))
-        yield Outcome(request_id, 0, token, FinishCode.NONE, None, 0, logprob, others, rank)
-
-
-def _logprobs(sampled: Sampled, index: int, wanted: int) -> tuple[float, Seq[tuple[int, float]]]:
-    """The chosen token's log-probability and the `wanted` most likely tokens; nothing when not asked for."""
-    if wanted < 0 or sampled.logprobs is None:
-        return 0.0, ()
-    logprob = float(sampled.logprobs[index])
-    if wanted == 0 or sampled.top_ids is None or sampled.top_logprobs is None:
-        return logprob, ()
-    ids, values = sampled.top_ids[index, :wanted].tolist(), sampled.top_logprobs[index, :wanted].tolist()
-    return logprob, list(zip(ids, values, strict=True))

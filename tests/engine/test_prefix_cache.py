@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine import beam
 from engine.block_manager import BlockManager
 from engine.errors import EngineBug
-from engine.executor import NOT_YET, Sampled
+from engine.executor import NO_TOKEN, NOT_YET, Sampled
 from engine.plan import StepKind
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -180,3 +180,16 @@ def test_a_beam_that_takes_over_another_is_known_by_what_it_holds_then() -> None
     beam._fork(source, target, blocks)
     assert target.block_digests == source.block_digests
     assert blocks.find(target) == source.block_table[:2]
+
+
+@pytest.mark.parametrize("spoilt", ["no numbers", "no memory"])
+def test_what_could_not_be_computed_is_not_found(spoilt: str) -> None:
+    served = machine()
+    served.scheduler.add(Ask(TEXTS[0][:12], 4).group(0, served.now))
+    plan = served.scheduler.schedule(1.0)
+    assert plan is not None
+    failed = plan.sequences if spoilt == "no memory" else ()
+    token = 3 if spoilt == "no memory" else NO_TOKEN
+    served.scheduler.commit(plan, Sampled(np.array([token], np.int32), failed=failed), 1.0)
+    served.scheduler.check()
+    assert not served.blocks.find(Ask(TEXTS[0][:12]).group(1, 0.0).sequences[0])
