@@ -25,7 +25,7 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,15 @@ def settings(longest: int, streams: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def our_column(name: str, model: Path, longest: int, streams: int, seed: int) -> Iterator[Column]:
+def our_column(
+    name: str, model: Path, longest: int, streams: int, seed: int, plugin: Mapping[str, Any] | None = None
+) -> Iterator[Column]:
+    """`plugin`: its plugin_params."""
     config = configuration(settings(longest, streams), mock=False, model=model)
+    if plugin:
+        deploy = config["BackendConfig"]["ModelDeployConfig"]
+        deploy["speculationGamma"] = 16
+        deploy["ModelConfig"][0]["plugin_params"] = dict(plugin)
     with own_daemon(config) as daemon:
         url = f"http://{HOST}:{daemon.port}"
         yield Column(name, _target(url), NAME, _prompts(model, seed), _meter(daemon))

@@ -328,7 +328,8 @@ follow_start() {
         ((alive)) || break
         # one more look at the file after the end, for the last words
         kill -0 "$daemon_pid" 2> /dev/null || alive=0
-        ((!alive)) || sleep 0.1
+        # waited for like this: bash forgets a Ctrl+C that meets it reaping a command that has ended by itself
+        ((!alive)) || { sleep 0.1 & wait $!; }
     done
     exec 3<&-
     return 1

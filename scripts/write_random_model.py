@@ -64,6 +64,7 @@ SHAPES = {
 # read is a large part of that state, the answer is this token again. So embeddings start small and each layer
 # adds some ten times as much.
 EMBEDDING_STD = 0.02
+REPEATING_STD = 100 * EMBEDDING_STD  # --repeating: they are nearly all of that state
 BIAS_STD = 0.1
 # Peaked attention scores: a flat average over the context would be nearly the same at every step.
 QUERY_KEY_GAIN = 2.0
@@ -73,7 +74,9 @@ ATTENTION_GAIN = 0.05
 UNWANTED_GAIN = 0.1
 
 
-def tensors(shape: Shape, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def tensors(
+    shape: Shape, seed: int, dtype: torch.dtype, embedding_std: float = EMBEDDING_STD
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint under its published name, in a fixed order."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -81,7 +84,7 @@ def tensors(shape: Shape, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, 
         return torch.empty(size, dtype=dtype).normal_(0.0, std, generator=generator)
 
     def table() -> Tensor:
-        rows = normal(EMBEDDING_STD, shape.vocab, shape.hidden)
+        rows = normal(embedding_std, shape.vocab, shape.hidden)
         rows[:FIRST_WORD] *= UNWANTED_GAIN
         return rows
 
@@ -206,11 +209,13 @@ def tokenizer_json(vocab_size: int) -> dict[str, Any]:
 # --- writing ---------------------------------------------------------------------------------------------
 
 
-def write_model(shape: Shape, out: Path, seed: int = 0, dtype: str = "bfloat16") -> int:
+def write_model(
+    shape: Shape, out: Path, seed: int = 0, dtype: str = "bfloat16", *, repeating: bool = False
+) -> int:
     """Write the whole directory; the number of parameters. Existing files of these names are replaced."""
     out.mkdir(parents=True, exist_ok=True)
     out.chmod(DIRECTORY_MODE)
-    weights = dict(tensors(shape, seed, DTYPES[dtype]))
+    weights = dict(tensors(shape, seed, DTYPES[dtype], REPEATING_STD if repeating else EMBEDDING_STD))
     save_file(weights, str(out / "model.safetensors"), metadata={"format": "pt"})
     end = SPECIAL_TOKENS.index(END_OF_TEXT)
     documents: dict[str, dict[str, Any]] = {
@@ -243,12 +248,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the model directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--repeating", action="store_true", help="a model with a tied head that says its last token for ever"
+    )
     parser.add_argument("--force", action="store_true", help="replace a model that is there already")
     args = parser.parse_args(argv)
     if (args.out / "config.json").exists() and not args.force:
         print(f"{args.out} holds a model already; --force replaces it", file=sys.stderr)
         return 1
-    parameters = write_model(SHAPES[args.shape], args.out, args.seed, args.dtype)
+    if args.repeating and not SHAPES[args.shape].tied:
+        parser.error(
+            f"--repeating: {args.shape} has no tied head; tied are "
+            + ", ".join(name for name, shape in SHAPES.items() if shape.tied)
+        )
+    parameters = write_model(SHAPES[args.shape], args.out, args.seed, args.dtype, repeating=args.repeating)
     print(f"{args.out}: {args.shape}, {parameters / 1e6:.1f} M random parameters in {args.dtype}")
     return 0
 
