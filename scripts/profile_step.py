@@ -68,7 +68,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PARTS = ("receive", "schedule", "plan", "tensors", "forward", "sample", "commit", "publish")
 WARM_STEPS = 4  # decode steps before the first that counts
 PREFILL_TOKENS = 2048  # per step, while filling
-ROUNDS = 5
 
 Times = dict[str, float]
 
@@ -273,7 +272,7 @@ def compare_seeds(
 ) -> dict[str, tuple[float, float]]:
     """Median ms of processor time without and with seeds, in turn, of a decode step and of all prefills."""
     turns: dict[str, list[tuple[float, float]]] = {"decode": [], "prefill": []}
-    for _ in range(ROUNDS):
+    for _ in range(args.turns):
         ways = [
             profile(runner, ends, limits, args.context, args.steps, args.seed, reproducible)
             for reproducible in (False, True)
@@ -298,20 +297,18 @@ def seeds_table(figures: Mapping[int, dict[str, tuple[float, float]]]) -> str:
 def compare_models(
     runners: Sequence[ModelRunner], ends: Ends, limits: ScheduleSettings, args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """ms of a decode step and of all prefills for each model: of turns that alternate, the fastest."""
+    """ms of processor time of a decode step and of all prefills for each model: the least of all turns."""
     turns: dict[str, list[list[float]]] = {"decode": [], "prefill": []}
-    for _ in range(ROUNDS):
-        figures = [
-            summarize(*profile(runner, ends, limits, args.context, args.steps, args.seed))
-            for runner in runners
-        ]
-        turns["decode"].append([ms["step"] for ms in figures])
-        turns["prefill"].append([ms["prefill"] for ms in figures])
+    for _ in range(args.turns):
+        ways = [profile(runner, ends, limits, args.context, args.steps, args.seed) for runner in runners]
+        for name, figure in (("decode", statistics.median), ("prefill", sum)):
+            steps = [[1e3 * times["processor"] for times in way[name == "prefill"]] for way in ways]
+            turns[name].append([figure(times) for times in steps])
     return {name: [min(column) for column in zip(*rows, strict=True)] for name, rows in turns.items()}
 
 
 def models_table(figures: Mapping[int, dict[str, list[float]]]) -> str:
-    lines = [f"{'ms':<14}{'first':>10}{'second':>10}{'ratio':>8}"]
+    lines = [f"{'processor ms':<14}{'first':>10}{'second':>10}{'ratio':>8}"]
     for batch, named in figures.items():
         for name, (first, second) in named.items():
             lines.append(f"{f'{name} {batch}':<14}{first:>10.2f}{second:>10.2f}{first / second:>8.2f}")
@@ -334,6 +331,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--seeds", action="store_true", help="instead: what seeds cost, both ways in turn")
     parser.add_argument("--against", type=Path, metavar="DIR", help="instead: this model too, both in turn")
+    parser.add_argument("--turns", type=int, default=5, help="of --seeds and --against (5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return parser.parse_args(argv)
 
@@ -362,7 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 for size in sizes
             }
-        print(f"{about}, medians of {ROUNDS} turns of {args.steps} decode steps\n\n{seeds_table(compared)}")
+        print(
+            f"{about}, medians of {args.turns} turns of {args.steps} decode steps\n\n{seeds_table(compared)}"
+        )
         return 0
     if other is not None:
         with make_ends() as ends:
@@ -377,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
         print(
             f"{about}; second: {args.against.name}; medians of {args.steps} decode steps, "
-            f"the fastest of {ROUNDS} turns\n\n{models_table(both)}"
+            f"the least of {args.turns} turns\n\n{models_table(both)}"
         )
         return 0
     figures: dict[int, Times] = {}

@@ -61,7 +61,6 @@ def test_every_batch_size_is_split_into_parts(
 def test_two_models_are_compared_in_turn(
     model: Path, threads: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(script, "ROUNDS", 2)
     loaded = []
 
     def load(path: Path, *rest: Any) -> Any:
@@ -71,7 +70,7 @@ def test_two_models_are_compared_in_turn(
     load_runner = script.load_runner
     monkeypatch.setattr(script, "load_runner", load)
     argv = ["--model", str(model), "--against", str(model), "--batch", "1,3", "--context", "20"]
-    assert script.main([*argv, "--steps", "3", "--threads", threads]) == 0
+    assert script.main([*argv, "--steps", "3", "--turns", "2", "--threads", threads]) == 0
     assert loaded == [model, model]
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
     assert [row[:2] for row in rows] == [["decode", "1"], ["prefill", "1"], ["decode", "3"], ["prefill", "3"]]
