@@ -8,16 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from engine.errors import StartupError
-from engine.plan import StepKind, build_plan
+from engine.plan import StepKind, StepPlan, build_plan
 from engine.settings import ModelSettings, ScheduleSettings
 from tests.worker.conftest import BLOCK_SIZE, MAX_SEQ_LEN, MODEL, SCHEDULE, Harness
+from worker.executor import LeaderExecutor
 from worker.models.llama import LlamaForCausalLM
 from worker.platforms.cpu import CpuPlatform
 from worker.platforms.memory_limits import MemoryInfo
+from worker.prompt_logprobs import PromptLogprobs
 from worker.runner import ModelRunner
 from worker.sampler import Sampler
 
@@ -166,3 +169,31 @@ def test_workers_share_the_memory(checkpoint: Checkpoint, monkeypatch: pytest.Mo
     hungry = replace(SCHEDULE, max_prefill_tokens=100_000, max_prefill_batch_size=1000)
     with pytest.raises(StartupError, match="maxPrefillTokens"):
         runner_of(folder, hungry, kv_cache_mib=400).load()
+
+
+def test_a_piece_of_a_prompt_without_memory_fails_alone(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(checkpoint("llama")[0])
+    running, prompt = harness.sequence([5, 6, 7]), harness.sequence(list(range(3, 60)))
+    harness.forward(StepKind.PREFILL, [running])
+    running.append(9)
+    prompt.block_table = list(range(30, 38))
+    rows = [running, prompt]
+    plan = build_plan(
+        StepKind.MIXED, rows, BLOCK_SIZE, samples=[running], sample_rows=np.zeros(1, np.int32), ends=[4, 40]
+    )
+    executor = LeaderExecutor(harness.runner, Sampler(harness.runner.vocab_size))
+    whole = executor.run(plan)
+    assert not whole.failed
+    forward = harness.runner.forward
+
+    def short_of_memory(plan: StepPlan, prompts: PromptLogprobs | None = None) -> torch.Tensor:
+        if plan.num_tokens > 8:
+            raise MemoryError
+        return forward(plan, prompts)
+
+    monkeypatch.setattr(harness.runner, "forward", short_of_memory)
+    alone = executor.run(plan)
+    assert list(alone.failed) == [prompt]
+    assert alone.tokens.tolist() == whole.tokens.tolist()
