@@ -15,7 +15,7 @@ from tests.harness import TINY_MODEL, Daemon, Json, sse_payloads
 
 NUM_PROMPTS = 100
 MAX_PROMPT = 600
-MAX_NEW = 24
+MAX_NEW = 16
 MakeDaemon = Callable[..., Daemon]
 
 
