@@ -5,8 +5,10 @@
     python scripts/verify_determinism.py --url http://127.0.0.1:1025      # a running one
     python scripts/verify_determinism.py --dtype float32 --speed 1,8,32   # and what seeds cost
 
-Prompts have 5 to 300 words, all different; temperature is 1. Without --url a second daemon gets a cache so
-small that running requests are preempted and computed again. Exit code 1 when any text differs.
+Prompts have 5 to 300 words, all different; temperature is 1. Without --url further daemons do what could
+change a text: one has a cache so small that running requests are preempted and computed again, one swaps them
+out instead, one computes prompts in pieces beside running requests, one finds prompts in its prefix cache,
+one guesses what comes next. Exit code 1 when any text differs.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,21 +129,59 @@ def measure_speed(client: Client, model: str, max_tokens: int, streams: Sequence
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A configuration in which texts are made in another way; `counter` tells that it happened."""
+
+    name: str
+    counter: str  # a metric
+    small_cache: bool = False
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    plugin: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    rounds: int = 1
+
+
+_PREEMPTIONS = "num_preemptions_total"
+_GUESSING = {"plugin_type": "memory_decoding", "decoding_length": 16, "dynamic_algo": True}
+_SWAPPING = {"maxPreemptCount": 8}
+_IN_PIECES = {"templateType": "Mix", "prefillChunkSize": 48}
+WAYS = (
+    Way("with a small cache", _PREEMPTIONS, small_cache=True),
+    Way("swapped out", _PREEMPTIONS, small_cache=True, schedule=_SWAPPING, model={"cpuMemSize": 1}),
+    Way("in pieces", "prompt_tokens_total", schedule=_IN_PIECES, plugin={"plugin_type": "splitfuse"}),
+    Way("with a prefix cache", "npu_radix_match_hit_num", plugin={"plugin_type": "prefix_cache"}, rounds=2),
+    Way("guessing", "mindie_right_guesses_total", plugin=_GUESSING),
+)
+
+
 @contextlib.contextmanager
-def started(model: Path, runtime: Mapping[str, Any], *, preemptions: bool = False) -> Iterator[Client]:
-    """A daemon of this script's own, with these members of runtimeConfig; may tell its preemptions."""
-    config = configuration({"BackendConfig": {"runtimeConfig": dict(runtime)}}, mock=False, model=model)
+def started(
+    model: Path, runtime: Mapping[str, Any], way: Way | None = None, small_cache: int = 0
+) -> Iterator[Client]:
+    """A daemon of this script's own, with these members of runtimeConfig."""
+    changes: Json = {"BackendConfig": {"runtimeConfig": dict(runtime)}}
+    if way is not None:
+        backend = changes["BackendConfig"]
+        backend["ScheduleConfig"] = {"cacheBlockSize": 16, **way.schedule}
+        backend["ModelDeployConfig"] = {"speculationGamma": 16}
+        if way.small_cache:  # as many tokens as in blocks of 128
+            backend["runtimeConfig"]["kvCacheBlockNum"] = 8 * small_cache
+    config = configuration(changes, mock=False, model=model)
+    if way is not None:
+        members = config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]
+        members |= {"plugin_params": dict(way.plugin), **way.model}
     with own_daemon(config) as daemon:
         yield Client(f"http://{HOST}:{daemon.port}", None)
-        if preemptions:
-            print(f"requests preempted: {preempted(config['ServerConfig']['metricsPort'])}", flush=True)
+        if way is not None:
+            print(f"{way.counter}: {counted(config['ServerConfig']['metricsPort'], way.counter)}", flush=True)
 
 
-def preempted(metrics_port: int) -> int:
-    """As the daemon itself counts them."""
+def counted(metrics_port: int, metric: str) -> int:
+    """As the daemon itself tells."""
     with urllib.request.urlopen(f"http://{HOST}:{metrics_port}/metrics", timeout=_TIMEOUT_S) as answer:
-        counted = re.search(r"^num_preemptions_total(?:{.*})? (\S+)$", answer.read().decode(), re.MULTILINE)
-    return int(float(counted[1])) if counted else 0
+        found = re.search(rf"^{metric}(?:{{.*}})? (\S+)$", answer.read().decode(), re.MULTILINE)
+    return int(float(found[1])) if found else 0
 
 
 def tls_context(args: argparse.Namespace) -> ssl.SSLContext | None:
@@ -168,7 +209,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=16, help="how many at a time when together (16)")
     parser.add_argument("--max-tokens", type=int, default=100, help="of each (100)")
     parser.add_argument(
-        "--small-cache", type=int, default=24, metavar="BLOCKS", help="of the second daemon (24)"
+        "--small-cache", type=int, default=24, metavar="BLOCKS", help="of 128 tokens, where it is small (24)"
     )
     parser.add_argument("--speed", default="", metavar="N,N", help="also measure speed with so many streams")
     return parser.parse_args(argv)
@@ -192,10 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             different += compare("together", client, bodies, args.streams, alone)
             different += compare("and in the other order", client, bodies[::-1], args.streams, alone[::-1])
             measure_speed(client, args.served_model, args.max_tokens, streams)
-        if not args.url:
-            small = runtime | {"kvCacheBlockNum": args.small_cache}
-            with started(args.model, small, preemptions=True) as client:
-                different += compare("with a small cache", client, bodies, args.streams, alone)
+        for way in () if args.url else WAYS:
+            with started(args.model, runtime, way, args.small_cache) as client:
+                for _ in range(way.rounds):
+                    different += compare(way.name, client, bodies, args.streams, alone)
     except (OSError, RuntimeError) as error:
         print(f"cannot verify: {error}", file=sys.stderr)
         return 2
