@@ -32,18 +32,34 @@ struct Sums {
     float* values;   // [count, head_dim] the same times the values
 };
 
-template <int M, int V>
-INLINE void multiply_add(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t inner, float* c,
-                         int64_t c_stride) {
+// Rows of the right side of a product: one after the other in float, or as they lie in a cache.
+struct Dense {
+    const float* rows;
+    int64_t stride;
+
+    INLINE const float* row(int64_t k) const { return rows + k * stride; }
+};
+
+template <class T> struct Scattered {
+    const T* memory;
+    const int64_t* starts;
+
+    INLINE const T* row(int64_t k) const { return memory + starts[k]; }
+};
+
+// c += a b for M rows and V vectors of columns; sums go in the order of `inner`
+template <int M, int V, class B>
+void multiply_tile(const float* a, int64_t a_stride, const B& b, int64_t column, int64_t inner, float* c,
+                   int64_t c_stride) {
     vf sum[M][V];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[m][v] = load(c + m * c_stride + v * LANES);
-    for (int64_t k = 0; k < inner; k++, b += b_stride) {
+        for (int v = 0; v < V; v++) sum[m][v] = load(c + m * c_stride + column + v * LANES);
+    for (int64_t k = 0; k < inner; k++) {
         vf right[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) right[v] = load(b + v * LANES);
+        for (int v = 0; v < V; v++) right[v] = load(b.row(k) + column + v * LANES);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
@@ -52,36 +68,33 @@ INLINE void multiply_add(const float* a, int64_t a_stride, const float* b, int64
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(c + m * c_stride + v * LANES, sum[m][v]);
+        for (int v = 0; v < V; v++) store(c + m * c_stride + column + v * LANES, sum[m][v]);
 }
 
-template <int V>
-void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t inner, float* c,
-                   int64_t c_stride, int64_t rows) {
+template <int M, int V, class B>
+INLINE void multiply_some(int rows, const float* a, int64_t a_stride, const B& b, int64_t column, int64_t inner,
+                          float* c, int64_t c_stride) {
+    if (rows == M)
+        multiply_tile<M, V>(a, a_stride, b, column, inner, c, c_stride);
+    else if constexpr (M > 1)
+        multiply_some<M - 1, V>(rows, a, a_stride, b, column, inner, c, c_stride);
+}
+
+// c += a b. a: [rows, a_stride], of which `inner` are used; c: [rows, columns], columns a multiple of LANES
+template <class B>
+void multiply_add(const float* a, int64_t a_stride, const B& b, int64_t inner, int64_t columns, float* c,
+                  int64_t rows) {
     int64_t tiles = (rows + ROW_TILE - 1) / ROW_TILE;
     for (int64_t tile = 0; tile < tiles; tile++) {
-        int64_t first = tile * rows / tiles;
+        int64_t first = tile * rows / tiles, column = 0;
+        int size = (int)((tile + 1) * rows / tiles - first);
         const float* left = a + first * a_stride;
-        float* to = c + first * c_stride;
-        switch ((tile + 1) * rows / tiles - first) {
-            case 1: multiply_add<1, V>(left, a_stride, b, b_stride, inner, to, c_stride); break;
-            case 2: multiply_add<2, V>(left, a_stride, b, b_stride, inner, to, c_stride); break;
-            case 3: multiply_add<3, V>(left, a_stride, b, b_stride, inner, to, c_stride); break;
-            case 4: multiply_add<4, V>(left, a_stride, b, b_stride, inner, to, c_stride); break;
-            case 5: multiply_add<5, V>(left, a_stride, b, b_stride, inner, to, c_stride); break;
-            default: multiply_add<ROW_TILE, V>(left, a_stride, b, b_stride, inner, to, c_stride);
-        }
+        float* to = c + first * columns;
+        for (; column + COLUMN_TILE * LANES <= columns; column += COLUMN_TILE * LANES)
+            multiply_some<ROW_TILE, COLUMN_TILE>(size, left, a_stride, b, column, inner, to, columns);
+        for (; column < columns; column += LANES)
+            multiply_some<ROW_TILE, 1>(size, left, a_stride, b, column, inner, to, columns);
     }
-}
-
-// c += a b. a: [rows, inner]; b: [inner, columns], columns a multiple of LANES; sums go in the order of `inner`
-void multiply_add_all(const float* a, int64_t a_stride, const float* b, int64_t inner, int64_t columns, float* c,
-                      int64_t rows) {
-    int64_t column = 0;
-    for (; column + COLUMN_TILE * LANES <= columns; column += COLUMN_TILE * LANES)
-        multiply_rows<COLUMN_TILE>(a, a_stride, b + column, columns, inner, c + column, columns, rows);
-    for (; column < columns; column += LANES)
-        multiply_rows<1>(a, a_stride, b + column, columns, inner, c + column, columns, rows);
 }
 
 template <class T> struct Worker {
@@ -151,21 +164,20 @@ template <class T> struct Worker {
         }
     }
 
-    // Keys and values first .. first + count - 1 in float, the keys transposed; zeros up to PORTION.
-    // What other slots of the cache hold, be it NaN, is not read. `ahead`: how many are wanted next.
-    void load_portion(const Item& item, int64_t first, int64_t count, int64_t ahead) {
-        int64_t dim = shape.head_dim, starts[2 * PORTION];
+    // `count` keys in float, as columns; zeros up to PORTION. What other slots hold, be it NaN, is not read.
+    // `ahead`: how many are wanted next; their starts follow.
+    void load_keys(const int64_t* starts, int64_t count, int64_t ahead) {
+        int64_t dim = shape.head_dim;
         const T *k = k_cache, *v = v_cache;
-        float *__restrict key_columns = keys, *__restrict value_rows = values;
-        find_slots(item, first, count + ahead, starts);
-        for (int64_t i = count; i < count + ahead; i++)
-            for (int64_t d = 0; d < dim; d += 64 / (int)sizeof(T)) {
-                __builtin_prefetch(k + starts[i] + d);
-                __builtin_prefetch(v + starts[i] + d);
-            }
+        float* __restrict key_columns = keys;
         for (int64_t i = 0; i < PORTION; i += LANES) {
             int64_t here = count - i;
             for (int64_t d = 0; d < dim; d += LANES) {
+                if (d * sizeof(T) % 64 == 0)  // a line at a time between the loads: all at once they would wait
+                    for (int64_t j = i; j < i + LANES && j < ahead; j++) {
+                        __builtin_prefetch(k + starts[count + j] + d);
+                        __builtin_prefetch(v + starts[count + j] + d);
+                    }
                 vf rows[LANES];
 #pragma GCC unroll 16
                 for (int j = 0; j < LANES; j++) rows[j] = j < here ? load(k + starts[i + j] + d) : vf{};
@@ -174,9 +186,14 @@ template <class T> struct Worker {
                 for (int j = 0; j < LANES; j++) store(key_columns + (d + j) * PORTION + i, rows[j]);
             }
         }
+    }
+
+    void load_values(const int64_t* starts, int64_t count) {
+        int64_t dim = shape.head_dim;
+        const T* v = v_cache;
+        float* __restrict rows = values;
         for (int64_t i = 0; i < count; i++)
-            for (int64_t d = 0; d < dim; d += LANES) store(value_rows + i * dim + d, load(v + starts[i] + d));
-        memset(value_rows + count * dim, 0, sizeof(float) * (PORTION - count) * dim);
+            for (int64_t d = 0; d < dim; d += LANES) store(rows + i * dim + d, load(v + starts[i] + d));
     }
 
     // The sums of a segment; rows that see nothing of it keep a largest of minus infinity.
@@ -188,16 +205,24 @@ template <class T> struct Worker {
             to.total[i] = 0;
         }
         memset(to.values, 0, sizeof(float) * item.count * dim);
-        int64_t row = 0;
+        int64_t row = 0, starts[2 * PORTION];
         for (int64_t first = segment * SEGMENT; first < end; first += PORTION) {
             while (seen(item, row) <= first) row++;
             int64_t count = end - first < PORTION ? end - first : PORTION, rows = item.count - row;
             int64_t ahead = limit - first - count;
-            load_portion(item, first, count, ahead < PORTION ? ahead : PORTION);
+            ahead = ahead < PORTION ? ahead : PORTION;
+            find_slots(item, first, count + ahead, starts);
+            load_keys(starts, count, ahead);
+            bool dense_values = rows > 2 * ROW_TILE;  // else they are read once or twice, and need no copy
+            if (dense_values) load_values(starts, count);
             memset(scores, 0, sizeof(float) * rows * PORTION);
-            multiply_add_all(queries + row * dim, dim, keys, dim, PORTION, scores, rows);
+            multiply_add(queries + row * dim, dim, Dense{keys, PORTION}, dim, PORTION, scores, rows);
             for (int64_t i = 0; i < rows; i++) weigh(scores + i * PORTION, seen(item, row + i) - first, to, row + i);
-            multiply_add_all(scores, PORTION, values, PORTION, dim, to.values + row * dim, rows);
+            float* sums = to.values + row * dim;
+            if (dense_values)
+                multiply_add(scores, PORTION, Dense{values, dim}, count, dim, sums, rows);
+            else
+                multiply_add(scores, PORTION, Scattered<T>{v_cache, starts}, count, dim, sums, rows);
         }
     }
 
