@@ -86,10 +86,11 @@ class MixScheduler(Scheduler):
         begun = [group for group in begun if group.prefilling]
         num_partial, num_long = len(begun), sum(map(self._is_long, begun))
         started: list[SequenceGroup] = []
-        if not self._may_begin():
-            return started
+        blocks_low = self._blocks_low()
         for group in list(self.waiting):
             if self._budget <= 0 or num_partial >= self._mix.max_partial:
+                break
+            if not group.is_probe and (blocks_low or self._comes_later(group)):
                 break
             if self._is_long(group) and num_long >= self._mix.max_long_partial:
                 continue

@@ -145,7 +145,7 @@ class Scheduler:
         self._begin_step(now)
         if self._prefill_due(now):
             groups = self._probe_batch()
-            if not groups and self._may_begin():
+            if not groups and not self._blocks_low():
                 groups = self._prefill_batch()
             if groups:
                 return self._plan(StepKind.PREFILL, groups)
@@ -356,9 +356,9 @@ class Scheduler:
     def _head_is_protected(self) -> bool:
         return bool(self.waiting) and self.waiting[0].rank == -math.inf
 
-    def _may_begin(self) -> bool:
-        """Whether who waits may take blocks: not before those that have been swapped out for want of them."""
-        return not self._blocks_low() and (not self.swapped or self._head_is_protected())
+    def _comes_later(self, group: SequenceGroup) -> bool:
+        """Whether a waiting group begins only when those are back that have been swapped out."""
+        return bool(self.swapped) and group.rank != -math.inf
 
     def _probe_batch(self) -> list[SequenceGroup]:
         """A probe at the head of `waiting`, in a step of its own: the batch may be full, and stays as it is.
@@ -379,7 +379,7 @@ class Scheduler:
         width = tokens = 0
         for group in self.waiting:
             width += len(group.live)
-            if width > room:
+            if width > room or self._comes_later(group):
                 break
             needed_blocks, needed_tokens = needs(self.blocks, group)
             # alone, a request may exceed the budget: recomputed, it holds its output besides the prompt

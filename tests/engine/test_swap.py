@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineBug
 from engine.plan import StepKind
-from engine.sequence import GroupStatus
-from engine.settings import ScheduleSettings
+from engine.sampling_params import SamplingParams
+from engine.sequence import GroupStatus, SequenceGroup
+from engine.settings import MixSettings, ScheduleSettings
+from engine.wire.messages import PROBE
 from tests.engine.fake_model import Ask, Machine, asks, same
 from tests.engine.test_prefix_cache import LIMITS as CACHED
 from tests.engine.test_prefix_cache import TEXTS
@@ -101,6 +104,21 @@ def test_nobody_begins_before_those_who_had_to_go() -> None:
     back = next(number for number, plan in enumerate(served.plans) if plan.swap_in)
     begun = next(number for number, plan in enumerate(served.plans) if plan.sequences[-1].request_id == 2)
     assert back < begun
+
+
+@pytest.mark.parametrize("mix", [None, MixSettings(0, 64, 1024, 8)])
+def test_a_probe_does_not_wait_for_those_who_had_to_go(mix: MixSettings | None) -> None:
+    served = machine(7, limits=replace(LIMITS, max_seq_len=28, mix=mix))
+    for number, text in enumerate(TEXTS):
+        served.add(number, Ask(text[:8], 16))
+    while not served.scheduler.swapped:
+        served.turn()
+    ids = np.array([1], np.int32)
+    served.scheduler.add(SequenceGroup(2, ids, SamplingParams(1), priority=PROBE, now=served.now))
+    served.add(3, Ask(TEXTS[0][:4], 1))
+    served.answers[2] = [[]]
+    served.turn()
+    assert len(served.answers[2][0]) == 1 and not served.answers[3][0] and served.scheduler.swapped
 
 
 def test_who_hangs_up_while_swapped_out_leaves_nothing() -> None:
