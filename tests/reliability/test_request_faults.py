@@ -28,8 +28,9 @@ from engine.errors import ServerError
 from engine.executor import NO_TOKEN
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence as EngineSequence
+from scripts.write_random_model import Shape, write_model
 from tests.endpoint.samples import steps
-from tests.harness import Daemon, Installation, Json, sse_payloads
+from tests.harness import Daemon, Installation, Json, merge, model_config, sse_payloads
 from worker.grammar import GrammarBook
 from worker.sampler import Sampler
 
@@ -118,16 +119,26 @@ def test_F19_others_of_the_batch_and_later_owners_of_the_blocks_go_on(daemon: Da
 
 
 @pytest.mark.slow
-def test_F18_a_step_without_memory_is_tried_row_by_row(make_daemon: Callable[..., Daemon]) -> None:
+def test_F18_a_step_without_memory_is_tried_row_by_row(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
     """The kernel refuses the running worker more address space; what fits alone is served, the rest fails."""
     changes = {
         "BackendConfig": {
             "ModelDeployConfig": {"maxSeqLen": 4096, "maxInputTokenLen": 4000},
-            "ScheduleConfig": {"maxPrefillTokens": 4096, "maxQueueDelayMicroseconds": 50_000},
+            # Mix, in pieces without end: several prompts share a step, however long they are
+            "ScheduleConfig": {"maxPrefillTokens": 4096, "templateType": "Mix", "prefillChunkSize": 4096},
             "runtimeConfig": {"kvCacheBlockNum": 64},
         }
     }
-    daemon = make_daemon(changes).start().wait_ready()
+    # few weights, and 192 KiB of intermediate results for each token
+    write_model(Shape("llama", 1, 64, 4, 2, 32768, 2048, tied=False), tmp_path / "wide")
+    model = model_config(
+        plugin_params=json.dumps({"plugin_type": "splitfuse"}),
+        modelName="mindie-tiny",
+        modelWeightPath=str(tmp_path / "wide"),
+    )
+    daemon = make_daemon(merge(model, changes)).start().wait_ready()
     short, long = [300 + number % 500 for number in range(300)], [400] * 3900
     alone = daemon.post("/v1/completions", completion(short)).json()["choices"][0]["text"]
     worker = daemon.child("worker")

@@ -7,9 +7,12 @@ on another. The probe takes some tens of milliseconds per dtype.
 from __future__ import annotations
 
 import logging
+import math
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -69,18 +72,28 @@ def _packed_if_faster(plain: PlainLinear, weight: Tensor) -> PackedLinear | None
 def _native_if_faster(torch_best: Callable[[Tensor], Tensor], weight: Tensor) -> Native:
     """One kernel for all numbers of rows: its layout is another, and no weight is kept twice.
 
-    It may be a little slower: the order of its sums does not depend on the batch; others need tiles for that.
+    Unless torch's are much faster, as with matrix instructions: the order of our sums does not depend on the
+    batch, which others need tiles for, and a choice that hangs on noise would change answers with each start.
     """
     compiled = kernels()
     if compiled is None or weight.dtype not in _NATIVE:
         return ""
     ways = [way for way in _NATIVE[weight.dtype] if way != "dot" or compiled.has_bf16_dot]
-    times = {
-        way: steps_take(NativeLinear(weight, None, compiled, dot=way == "dot"), _SHAPE[1], weight.dtype)
-        for way in ways
-    }
-    best = min(times, key=lambda way: times[way])
-    return best if times[best] <= 1.1 * steps_take(torch_best, _SHAPE[1], weight.dtype) else ""
+    ours = [NativeLinear(weight, None, compiled, dot=way == "dot") for way in ways]
+    *times, of_torch = steps_take([*ours, torch_best], _SHAPE[1], weight.dtype)
+    best = min(range(len(ways)), key=lambda index: times[index])
+    much = 1.5 if has_matrix_instructions() else 3.0
+    return ways[best] if times[best] <= much * of_torch else ""
+
+
+def has_matrix_instructions() -> bool:
+    """Whether torch may have kernels that leave ours behind; where it has none, noise must not decide."""
+    if platform.machine() != "x86_64":
+        return True
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return True
 
 
 _NATIVE: dict[torch.dtype, tuple[Native, ...]] = {
@@ -95,11 +108,21 @@ def _upcasting_is_faster(narrow: PlainLinear | PackedLinear, dtype: torch.dtype)
     return fastest(upcasting, x, tries=4) < 0.9 * fastest(narrow, x, tries=4)
 
 
-def steps_take(run: Callable[[Tensor], Tensor], in_features: int, dtype: torch.dtype) -> float:
-    """Seconds of the steps in `_STEPS`."""
-    tries = {rows: 20 if rows < _PREFILL_ROWS else 4 for rows in _STEPS}
+def steps_take(
+    runs: Sequence[Callable[[Tensor], Tensor]], in_features: int, dtype: torch.dtype
+) -> list[float]:
+    """Seconds of the steps in `_STEPS` for each of `runs`, which take turns: other work comes in slices."""
     inputs = {rows: torch.ones(rows, in_features, dtype=dtype) for rows in _STEPS}
-    return sum(_STEPS[rows] * fastest(run, x, tries[rows]) for rows, x in inputs.items())
+    best = [dict.fromkeys(_STEPS, math.inf) for _ in runs]
+    for _ in range(_TURNS):
+        for run, seconds in zip(runs, best, strict=True):
+            for rows, x in inputs.items():
+                tries = 1 if rows == _PREFILL_ROWS else 5
+                seconds[rows] = min(seconds[rows], fastest(run, x, tries))
+    return [sum(_STEPS[rows] * seconds[rows] for rows in _STEPS) for seconds in best]
+
+
+_TURNS = 6
 
 
 def fastest(run: Callable[[Tensor], Tensor], x: Tensor, tries: int) -> float:

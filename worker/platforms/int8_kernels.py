@@ -11,6 +11,7 @@ from worker.layers.int8_product import int8_product, int8_product_in_float32
 from worker.layers.linear import Scratch
 from worker.layers.quantized import W8A16, Int8Product, W8A8Dynamic, W8A8Linear, W8A16Linear
 from worker.native import NativeInt8Linear, kernels
+from worker.platforms.base import Linear
 from worker.platforms.cpu_kernels import fastest, steps_take
 
 log = logging.getLogger("llm.platform")
@@ -63,10 +64,8 @@ def _native_is_faster(product: Int8Product, dtype: torch.dtype) -> bool:
     if compiled is None:
         return False
     given = W8A8Dynamic(torch.ones(_SHAPE, dtype=torch.int8), torch.ones(_SHAPE[0]), None)
-    native, torchs = (
-        steps_take(linear, _SHAPE[1], dtype)
-        for linear in (NativeInt8Linear(given, compiled), W8A8Linear(given, product))
-    )
+    linears: list[Linear] = [NativeInt8Linear(given, compiled), W8A8Linear(given, product)]
+    native, torchs = steps_take(linears, _SHAPE[1], dtype)
     return native <= torchs
 
 
