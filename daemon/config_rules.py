@@ -84,7 +84,8 @@ def _devices_per_instance(values: Values, report: Report) -> None:  # R2
 
 def _prefill_fits_prompt(values: Values, report: Report) -> None:  # R3
     tokens, prompt = values.integer(_PREFILL_TOKENS), values.integer(_MAX_INPUT)
-    if tokens < prompt and values.text(_TEMPLATE) != "Mix":
+    is_mix = values.has(_TEMPLATE) and values.text(_TEMPLATE) == "Mix"
+    if tokens < prompt and not is_mix:
         wrong = f"smaller than {_MAX_INPUT}={prompt}"
         report.refuse(_PREFILL_TOKENS, tokens, wrong, f"[{prompt}, 4194304], or any with templateType Mix")
 
@@ -254,7 +255,7 @@ def _block_size(values: Values, report: Report) -> None:
 RULES: tuple[Rule, ...] = (
     Rule((_DEVICES, f"{BACKEND}.modelInstanceNumber"), _device_lists),
     Rule((_DEVICES, _WORLD, _MULTI_NODE), _devices_per_instance),
-    Rule((_PREFILL_TOKENS, _MAX_INPUT, _TEMPLATE), _prefill_fits_prompt),
+    Rule((_PREFILL_TOKENS, _MAX_INPUT), _prefill_fits_prompt),
     _at_most_max_batch("maxPrefillBatchSize"),
     _at_most_max_batch("maxPreemptCount"),
     _at_most_max_batch("maxN"),
