@@ -86,7 +86,8 @@ def test_the_hit_rate_is_of_all_prompt_tokens_looked_up() -> None:
     metrics = Metrics("m", 10, lambda: now)
     assert samples(metrics)["npu_prefix_cache_hit_rate",] == 1 / 3
     assert samples(metrics)["cpu_cache_usage_perc",] == 0
-    now[0] = Occupancy(0, 0, 2, 9, 9, 0, 100, 40, host_blocks=8, free_host_blocks=6)  # another one in its place
+    # another one in its place
+    now[0] = Occupancy(0, 0, 2, 9, 9, 0, 100, 40, host_blocks=8, free_host_blocks=6)
     found = samples(metrics)
     assert (found["all_radix_match_num",], found["npu_radix_match_hit_num",]) == (400, 140)
     assert (found["num_requests_swapped",], found["cpu_cache_usage_perc",]) == (2, 0.25)
