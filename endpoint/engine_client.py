@@ -512,16 +512,16 @@ def _occupancy(link: InstanceLink) -> Occupancy:
         return Occupancy(0, 0, 0, total, total)
     stats = link.stats
     return Occupancy(
-        stats.running,
-        stats.waiting,
-        stats.swapped,
-        stats.free_blocks,
-        total,
-        stats.preemptions,
-        stats.prefix_tokens,
-        stats.prefix_hits,
-        stats.guessed_tokens,
-        stats.right_guesses,
-        stats.host_blocks,
-        stats.free_host_blocks,
+        running=stats.running,
+        waiting=stats.waiting,
+        swapped=stats.swapped,
+        free_blocks=stats.free_blocks,
+        total_blocks=total,
+        preemptions=stats.preemptions,
+        prefix_tokens=stats.prefix_tokens,
+        prefix_hits=stats.prefix_hits,
+        guessed_tokens=stats.guessed_tokens,
+        right_guesses=stats.right_guesses,
+        host_blocks=stats.host_blocks,
+        free_host_blocks=stats.free_host_blocks,
     )

@@ -20,23 +20,16 @@ class Draft:
         self._ends: list[int] = []  # tokens of each row that are computed by the end of the step
         self._samples: list[Sequence] = []
         self._sample_rows: list[int] = []
-        self._guessed: list[int] = []  # of each row; only kept where somebody guesses
+        self._guessed: list[int] = []  # of each row
 
-    def continue_all(self, group: SequenceGroup) -> None:
-        """The uncomputed tokens of every branch, and the next one of each."""
-        live = group.live
-        self._sample_rows += range(len(self._rows), len(self._rows) + len(live))
-        self._rows += live
-        self._ends += [seq.num_tokens for seq in live]
-        self._samples += live
+    def continue_all(self, group: SequenceGroup, guesses: Mapping[Sequence, int] | None = None) -> None:
+        """The uncomputed tokens of every branch, and the next one of each.
 
-    def guess(self, group: SequenceGroup, counts: Mapping[Sequence, int]) -> None:
-        """The newest token of every branch, and as many guesses behind it; the next token after each of them.
-
-        The guesses lie in `Sequence.tokens`, beyond its end.
+        `guesses`: who guesses how many tokens behind its newest; they lie in `Sequence.tokens`, beyond its
+        end. Each is a row of its own, with a next token too.
         """
         for seq in group.live:
-            rows = 1 + counts.get(seq, 0)
+            rows = 1 + (guesses.get(seq, 0) if guesses else 0)
             self._sample_rows += range(len(self._rows), len(self._rows) + rows)
             self._rows += [seq] * rows
             self._samples += [seq] * rows
@@ -54,6 +47,7 @@ class Draft:
         """Its tokens up to the `end`-th."""
         self._rows.append(seq)
         self._ends.append(end)
+        self._guessed.append(0)
 
     def plan(self, kind: StepKind, blocks: BlockManager, swap: SwapSpace) -> StepPlan:
         rows, samples = self._rows, self._samples

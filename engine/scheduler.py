@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 from engine.beam import BeamSearch
@@ -152,7 +152,10 @@ class Scheduler:
             self._protect_first_token(now)
         groups = self._decode_batch()
         if groups:
-            return self._plan_guesses(groups) if self.speculation else self._plan(StepKind.DECODE, groups)
+            guesses = None
+            if self.speculation is not None and not self._blocks_low():
+                guesses = self.speculation.guess(groups)
+            return self._plan(StepKind.DECODE, groups, guesses)
         return None
 
     def _begin_step(self, now: float) -> None:
@@ -319,25 +322,20 @@ class Scheduler:
             assert not group.prefilling, group
         assert len(self._by_id) == len(self.waiting) + len(self.running) + len(self.swapped)
 
-    def _plan(self, kind: StepKind, groups: list[SequenceGroup]) -> StepPlan:
+    def _plan(
+        self,
+        kind: StepKind,
+        groups: list[SequenceGroup],
+        guesses: Mapping[Sequence, int] | None = None,
+    ) -> StepPlan:
         self._step_groups = groups
         draft = Draft()
         for group in groups:
             if group.has_output or kind is StepKind.DECODE:  # without output, it was held back
-                draft.continue_all(group)
+                draft.continue_all(group, guesses)
             else:
                 draft.begin(group)
         return draft.plan(kind, self.blocks, self.swap)
-
-    def _plan_guesses(self, groups: list[SequenceGroup]) -> StepPlan:
-        """A decode step in which sequences are ahead of themselves."""
-        assert self.speculation is not None
-        counts = {} if self._blocks_low() else self.speculation.guess(groups)
-        self._step_groups = groups
-        draft = Draft()
-        for group in groups:
-            draft.guess(group, counts)
-        return draft.plan(StepKind.DECODE, self.blocks, self.swap)
 
     # -- prefill ------------------------------------------------------------------------------------
 
