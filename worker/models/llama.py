@@ -150,9 +150,7 @@ class LlamaForCausalLM:
         max_seq_len: int,
         progress: Callable[[float], None],
     ) -> None:
-        self._eps = config.rms_norm_eps
         self._rotary = RotaryTable(config.rope, config.head_dim, max_seq_len, dtype, platform.device)
-        self._ops = platform.row_ops
         reader = WeightReader(checkpoint, platform, dtype)
         # the largest tensor comes first: while it is packed there is little else in memory
         self._embed: Lookup
@@ -167,7 +165,7 @@ class LlamaForCausalLM:
             self._layers.append(DecoderLayer(config, reader, f"model.layers.{index}."))
             progress((index + 1) / (config.num_layers + 1))
         self.projections, self.step_adapters = reader.projections, reader.step_adapters
-        self._final_norm = reader.plain(_FINAL_NORM)
+        self._final_norm = Norm(reader.plain(_FINAL_NORM), None, config.rms_norm_eps, platform.row_ops)
         progress(1.0)
 
     @staticmethod
@@ -226,4 +224,4 @@ class LlamaForCausalLM:
         return x if delta is None else x.add_(delta)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._ops.add_rms_norm(hidden, None, self._final_norm, self._eps))
+        return self._head(self._final_norm(hidden))
