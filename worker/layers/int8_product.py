@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from worker.layers.linear import filled_rows
+from worker.layers.linear import fill_up
 
 _EXACT = 1024  # products of two int8 numbers whose sum float32 holds exactly: 1024 * 128 * 128 = 2**24
 
@@ -17,11 +17,7 @@ def int8_product(q: Tensor, weight: Tensor) -> Tensor:
     The operator is private to torch: the platform probes it before it builds any layer. As oneDNN keeps a
     kernel for each number of rows, these are filled up to few.
     """
-    rows = q.shape[0]
-    missing = filled_rows(rows) - rows
-    if missing:
-        q = functional.pad(q, (0, 0, 0, missing))
-    return torch._int_mm(q, weight.t())[:rows]
+    return torch._int_mm(fill_up(q), weight.t())[: q.shape[0]]
 
 
 def int8_product_in_float32(q: Tensor, weight: Tensor) -> Tensor:

@@ -43,12 +43,8 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]."""
-        rows = x.shape[0]
-        missing = filled_rows(rows) - rows
-        if missing:
-            x = functional.pad(x, (0, 0, 0, missing))
-        result: Tensor = self._run(x, self._weight, self.bias, "none", [], "")
-        return result[:rows] if missing else result
+        result: Tensor = self._run(fill_up(x), self._weight, self.bias, "none", [], "")
+        return result[: x.shape[0]]
 
     def dense(self) -> Tensor:
         """A copy of the weight as it was, [out, in]."""
@@ -57,6 +53,12 @@ class PackedLinear:
 
 
 _ROWS_HINT = 8  # expected rows; 8 and 512 give the same layout
+
+
+def fill_up(x: Tensor) -> Tensor:
+    """x: [rows, in], with rows of zeros behind it up to `filled_rows`."""
+    missing = filled_rows(x.shape[0]) - x.shape[0]
+    return functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def filled_rows(rows: int) -> int:
