@@ -21,6 +21,21 @@ from engine.swap_space import SwapSpace
 
 EOS = 7
 VOCAB = 8
+BLOCK = 4
+LIMITS = ScheduleSettings(
+    block_size=BLOCK,
+    max_prefill_batch_size=4,
+    max_prefill_tokens=64,
+    max_batch_size=6,
+    max_iter_times=32,
+    max_queue_delay_us=500,
+    max_first_token_wait_ms=2500,
+    max_n=3,
+    max_seq_len=64,
+    max_input_len=48,
+    truncation="off",
+)
+TEXTS = tuple(tuple(int(id) for id in np.random.default_rng(seed).integers(1, 100, 40)) for seed in range(2))
 _PRIME = (1 << 61) - 1
 _NEVER = 5000  # steps after which a schedule will not end any more
 

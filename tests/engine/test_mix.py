@@ -20,25 +20,12 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import SequenceGroup
 from engine.settings import MixSettings, ScheduleSettings
 from engine.wire.messages import PROBE
-from tests.engine.fake_model import Ask, Machine, asks, same
-from tests.engine.test_prefix_cache import TEXTS
+from tests.engine.fake_model import LIMITS as PLAIN
+from tests.engine.fake_model import TEXTS, Ask, Machine, asks, same
 from worker.mock import EchoExecutor
 
 MIX = MixSettings(chunk_size=0, max_partial=64, long_threshold=1024, max_long_partial=8)
-LIMITS = ScheduleSettings(
-    block_size=4,
-    max_prefill_batch_size=6,
-    max_prefill_tokens=16,
-    max_batch_size=6,
-    max_iter_times=32,
-    max_queue_delay_us=500,
-    max_first_token_wait_ms=2500,
-    max_n=3,
-    max_seq_len=64,
-    max_input_len=48,
-    truncation="off",
-    mix=MIX,
-)
+LIMITS = replace(PLAIN, max_prefill_batch_size=6, max_prefill_tokens=16, mix=MIX)
 
 
 def machine(num_blocks: int = 64, *, limits: ScheduleSettings = LIMITS, **mix: int) -> Machine:

@@ -16,25 +16,10 @@ from engine.executor import NO_TOKEN, NOT_YET, Sampled
 from engine.plan import StepKind
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
-from engine.settings import ScheduleSettings
-from tests.engine.fake_model import Ask, Machine, asks, same
+from tests.engine.fake_model import BLOCK, TEXTS, Ask, Machine, asks, same
+from tests.engine.fake_model import LIMITS as PLAIN
 
-BLOCK = 4
-LIMITS = ScheduleSettings(
-    block_size=BLOCK,
-    max_prefill_batch_size=4,
-    max_prefill_tokens=64,
-    max_batch_size=6,
-    max_iter_times=32,
-    max_queue_delay_us=500,
-    max_first_token_wait_ms=2500,
-    max_n=3,
-    max_seq_len=64,
-    max_input_len=48,
-    truncation="off",
-    prefix_cache=True,
-)
-TEXTS = tuple(tuple(int(id) for id in np.random.default_rng(seed).integers(1, 100, 40)) for seed in range(2))
+LIMITS = replace(PLAIN, prefix_cache=True)
 
 
 def machine(num_blocks: int = 64, **limits: int) -> Machine:

@@ -12,8 +12,7 @@ from engine.executor import Sampled
 from engine.plan import StepPlan
 from engine.sequence import TokenArray
 from engine.speculation import GuessLength, look_up
-from tests.engine.fake_model import Ask, FakeModel, Machine, asks, same
-from tests.engine.test_prefix_cache import LIMITS, TEXTS
+from tests.engine.fake_model import LIMITS, TEXTS, Ask, FakeModel, Machine, asks, same
 
 
 def ids(*tokens: int) -> TokenArray:

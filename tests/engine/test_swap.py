@@ -15,11 +15,10 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import GroupStatus, SequenceGroup
 from engine.settings import MixSettings, ScheduleSettings
 from engine.wire.messages import PROBE
-from tests.engine.fake_model import Ask, Machine, asks, same
-from tests.engine.test_prefix_cache import LIMITS as CACHED
-from tests.engine.test_prefix_cache import TEXTS
+from tests.engine.fake_model import LIMITS as PLAIN
+from tests.engine.fake_model import TEXTS, Ask, Machine, asks, same
 
-LIMITS = replace(CACHED, prefix_cache=False, max_preempt_count=2)
+LIMITS = replace(PLAIN, max_preempt_count=2)
 
 
 def machine(num_blocks: int, num_host_blocks: int = 40, limits: ScheduleSettings = LIMITS) -> Machine:
