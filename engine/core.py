@@ -194,8 +194,7 @@ class EngineCore:
         now = time.monotonic()
         if idle and not self._was_busy:
             return
-        if not idle and now - self._stats_sent < _STATS_EVERY_S:
-            self._was_busy = True
+        if not idle and self._was_busy and now - self._stats_sent < _STATS_EVERY_S:
             return
         self._was_busy = not idle
         self._stats_sent = now

@@ -54,7 +54,8 @@ class Reading(threading.Thread):
     def __init__(self, response: http.client.HTTPResponse) -> None:
         super().__init__(daemon=True)
         self._response = response
-        self.received = b""
+        # grows in place: copied with every piece, it would soon be a client that does not keep up
+        self.received = bytearray()
         self.start()
 
     def run(self) -> None:
@@ -71,7 +72,7 @@ class Reading(threading.Thread):
         """All of it, once it has ended."""
         self.join(30)
         assert not self.is_alive(), "the stream does not end"
-        return self.received
+        return bytes(self.received)
 
     def hang_up(self, connection: http.client.HTTPConnection) -> None:
         if self.is_alive() and connection.sock is not None:

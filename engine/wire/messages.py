@@ -68,7 +68,7 @@ class EngineReady:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """leader -> endpoint, once a second while there is work, and once when it ends."""
+    """leader -> endpoint, when work begins, once a second while there is some, and when it ends."""
 
     instance: int
     waiting: int
