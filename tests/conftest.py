@@ -14,6 +14,12 @@ from hypothesis import settings
 from tests.harness import Children, Daemon, Installation, Json, eventually
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_nohup() -> None:
+    """The daemons under test get SIGHUP although the tests may run under nohup, which they would inherit."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     return Installation(tmp_path_factory.mktemp("installation"))

@@ -37,11 +37,14 @@ def hang_up(daemon: Daemon) -> None:
 
 def logged(daemon: Daemon, *parts: str) -> None:
     """Wait until one line of the log holds all `parts`."""
-    eventually(
-        lambda: any(all(part in line for part in parts) for line in daemon.stderr.splitlines()),
-        30.0,
-        f"{parts} in the log",
-    )
+    try:
+        eventually(
+            lambda: any(all(part in line for part in parts) for line in daemon.stderr.splitlines()),
+            30.0,
+            f"{parts} in the log",
+        )
+    except AssertionError as error:
+        raise AssertionError(f"{error}:\n{daemon.stderr[-3000:]}") from None
 
 
 def concurrent_requests(daemon: Daemon) -> int:
