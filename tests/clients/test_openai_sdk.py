@@ -280,13 +280,14 @@ def test_many_async_streams(sdk_arguments: dict[str, Any]) -> None:
 
 
 def test_leaving_a_stream_frees_the_server(server: Daemon, sdk: openai.OpenAI) -> None:
+    choices = 16  # one would be told within a second
     stream = sdk.chat.completions.create(
-        model=MODEL, messages=STORY, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        model=MODEL, messages=STORY, max_tokens=2000, n=choices, stream=True, extra_body={"ignore_eos": True}
     )
     assert next(stream).choices
-    eventually(lambda: slots_in_use(server) == 1, 10.0, "the stream has a slot")
+    eventually(lambda: slots_in_use(server) > 0, 10.0, "the stream has slots")
     stream.close()
-    eventually(lambda: slots_in_use(server) == 0, 10.0, "the slot is free again")
+    eventually(lambda: slots_in_use(server) == 0, 10.0, "the slots are free again")
 
 
 # -- mutual TLS --------------------------------------------------------------------------------------
