@@ -7,9 +7,9 @@
 A daemon is started for it. For --calibrate seconds a closed loop measures how many requests a second it can
 serve; then requests arrive at random at --load of that rate, in all dialects, whole and streamed, some bound
 to a format; some clients hang up, some read slowly, some send spoilt bodies. Processes are sampled every
---interval seconds. After a warm-up part (caches fill to their bounds, threads keep their largest buffers) the
-resident set of each process (VmRSS: also the pages it shares) gets a slope by Theil and Sen, with its 95 %
-range.
+--interval seconds. After a warm-up part (caches fill to their bounds, those of grammars even before the load;
+threads keep their largest buffers) the resident set of each process (VmRSS: also the pages it shares) gets a
+slope by Theil and Sen, with its 95 % range.
 
 Ends with 1 when a request was lost, when the server's counters tell another story than the ledger, when
 descriptors grew, or when a slope is over the limit and not by chance (its range does not include 0).
@@ -19,21 +19,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from footprint import Footprint, footprints, shared_memory_in_use
+from fuzz_cases import NAME
 from ledger import Ending, Fate, Ledger, Manner, disagreements, percentile, read_counters
 from own_daemon import OwnDaemon, configuration, own_daemon
 from traffic import Lines, Load, Mix, closing
+from traffic_requests import Ask
 
 LIMITS = {
     "ServerConfig": {"maxRequestLength": 2},
@@ -46,6 +49,8 @@ LIMITS = {
     },
 }
 CLIENTS = 12  # of the closed loop that measures the capacity
+GRAMMARS = 300  # more than a worker keeps compiled
+ALL_READ = Mix(hang_up=0, slow=0, spoil=0)
 MORE_DESCRIPTORS = 4
 _SETTLES_S = 3.0  # until the server has seen the ends of our last connections, twice its sweep of deadlines
 _MIB = 2**20
@@ -130,9 +135,34 @@ class Run:
     disagreements: list[str]
 
 
+def _fresh_grammar(numbers: Iterator[int]) -> Ask:
+    """A request whose schema no other has."""
+    number = next(numbers)
+    schema = {
+        "type": "object",
+        "properties": {f"day_{number}": {"type": "integer"}},
+        "required": [f"day_{number}"],
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "plan", "schema": schema, "strict": True}}
+    body = {"model": NAME, "prompt": "Once", "max_tokens": 4, "response_format": form}
+    return Ask("completions", "/v1/completions", json.dumps(body), False)
+
+
+async def _fill_grammar_caches(lines: Lines) -> None:
+    """Spoilt schemas are new grammars, some dozens an hour: filling up would look like growing."""
+    numbers = itertools.count()
+    load = Load(lines, Ledger(), ALL_READ, 0, lambda _: _fresh_grammar(numbers))
+    for _ in range(GRAMMARS // CLIENTS):
+        await asyncio.gather(*(load.one() for _ in range(CLIENTS)))
+    if failed := [ending.detail for ending in load.ledger.endings if ending.fate is not Fate.FINISHED]:
+        raise SystemExit(f"{len(failed)} of {GRAMMARS} requests with a schema failed: {failed[0]}")
+
+
 async def _run(daemon: OwnDaemon, metrics_port: int, args: argparse.Namespace) -> Run:
     with closing(Lines(daemon.port)) as lines:
-        trial = Load(lines, Ledger(), Mix(hang_up=0, slow=0, spoil=0), args.seed)
+        if not args.mock:
+            await _fill_grammar_caches(lines)
+        trial = Load(lines, Ledger(), ALL_READ, args.seed)
         await trial.closed(CLIENTS, args.calibrate / 4)  # kernels and caches that the first requests pay for
         capacity = await trial.closed(CLIENTS, args.calibrate)
         typical = percentile((ending.ended - ending.sent for ending in trial.ledger.endings), 0.5) / 2
