@@ -28,7 +28,7 @@ from worker.cache_size import (
     sizing_key,
 )
 from worker.config_values import ConfigValues
-from worker.hf_config import DecoderConfig, parse_decoder
+from worker.hf_config import DecoderConfig
 from worker.models.table import MODELS
 from worker.platforms.memory_limits import MemoryInfo
 
@@ -132,8 +132,7 @@ def _read_decoder(model: ModelSettings) -> tuple[DecoderConfig, str]:
     known = [name for name in names if name in MODELS]
     if not known:
         raise values.wrong("architectures", f"a list with one of the supported {', '.join(MODELS)}")
-    # biases are too small to count
-    return parse_decoder(values, qkv_bias=False, output_bias=False, mlp_bias=False), known[0]
+    return MODELS[known[0]].parse(values), known[0]
 
 
 def _stored_weights(folder: Path) -> StoredWeights:

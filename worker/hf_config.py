@@ -54,6 +54,8 @@ class DecoderConfig:
     output_bias: bool
     mlp_bias: bool
     rope: RopeConfig
+    qk_norm: bool = False  # each query and key head is normalised before it is rotated
+    window: int | None = None  # latest tokens a token attends to, itself among them; None: all
 
     @property
     def usable_positions(self) -> int:

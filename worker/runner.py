@@ -100,8 +100,14 @@ class ModelRunner:
         )
         self._check_memory()
         self._choose_kernels(quantised=bool(checkpoint.quantisation.types))
+        within = config.window is None or config.window >= self.max_seq_len
         spec = AttentionSpec(
-            config.num_heads, config.num_kv_heads, config.head_dim, dtype, int8_cache=self._kv_spec.int8
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            dtype,
+            int8_cache=self._kv_spec.int8,
+            window=None if within else config.window,
         )
         usual, invariant = (
             self._platform.attention_backend(spec),

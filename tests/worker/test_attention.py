@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,7 @@ rows = st.lists(st.tuples(st.integers(0, 70), new_tokens), min_size=1, max_size=
     head_dim=st.sampled_from([8, 16, 48]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     int8=st.booleans(),
+    window=st.sampled_from([None, 1, 7, 40]),
     seed=st.integers(0, 2**31),
 )
 def test_paged_attention_equals_the_reference(
@@ -49,6 +51,7 @@ def test_paged_attention_equals_the_reference(
     head_dim: int,
     dtype: torch.dtype,
     int8: bool,
+    window: int | None,
     seed: int,
 ) -> None:
     """Each row: (tokens already cached, new tokens); decode rows have one new token."""
@@ -67,7 +70,9 @@ def test_paged_attention_equals_the_reference(
         sequence.block_table = [blocks.pop() for _ in range(count)]
     plan = build_plan(StepKind.DECODE if decode else StepKind.PREFILL, sequences, block_size)
 
-    spec = AttentionSpec(num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim, dtype=dtype)
+    spec = AttentionSpec(
+        num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim, dtype=dtype, window=window
+    )
     q, k, v = (torch.randn(plan.num_tokens, n, head_dim).to(dtype) for n in (heads[0], heads[1], heads[1]))
     cache = torch.randn(2, sum(needed) + 3, block_size, heads[1], head_dim).to(dtype)
     own = np.concatenate([
@@ -100,6 +105,31 @@ def test_paged_attention_equals_the_reference(
         assert all(
             torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got_cache, want_cache, strict=True)
         )
+
+
+@pytest.mark.parametrize("window", [30, 100, 600])
+@pytest.mark.parametrize("queries", [1, 9, 150])
+def test_a_window_far_from_the_beginning_of_a_text(window: int, queries: int) -> None:
+    """Whole segments and portions of keys lie before it, for some queries of a step or for all of them."""
+    torch.manual_seed(window + queries)
+    torch.set_num_threads(2)  # segments of one row go to several; the fixture sets it back
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32, window=window)
+    sequence = Sequence(0, np.zeros(1300, np.int32), SamplingParams(max_tokens=1))
+    sequence.num_computed = 1300 - queries
+    sequence.block_table = np.random.default_rng(queries).permutation(90)[:82].tolist()
+    batch = make_batch(build_plan(StepKind.PREFILL, [sequence], 16), torch.device("cpu"))
+    q, k, v = (torch.randn(queries, heads, 16) for heads in (4, 2, 2))
+    cache = torch.randn(2, 90, 16, 2, 16)
+
+    def attend(backend: AttentionBackend) -> torch.Tensor:
+        k_cache, v_cache = cache.clone().unbind(0)
+        backend.begin_step(batch, 16)
+        return backend.forward(q, k, v, k_cache, v_cache)
+
+    want = attend(make_attention("reference", spec))
+    others = [make_attention(name, spec) for name in ("cpu_paged", "cpu_invariant")]
+    for backend in [*others, *(CpuNativeAttention(spec, kernels) for kernels in all_kernels())]:
+        torch.testing.assert_close(attend(backend), want, rtol=2e-5, atol=2e-5)
 
 
 def as_pages(cache: torch.Tensor, int8: bool) -> KvPages:

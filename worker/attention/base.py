@@ -21,14 +21,15 @@ class AttentionSpec:
     head_dim: int
     dtype: torch.dtype
     int8_cache: bool = False  # whether what is cached is Int8Pages
+    window: int | None = None  # latest keys a query sees, its own among them; None: all
 
 
 class AttentionBackend(Protocol):
     """Made once, told about each step once, called once per layer.
 
     The last query token of a row is the last token of its context, so query i of q sees the first
-    context_len - q + i + 1 keys. What other slots hold, be it NaN, never shows in the result: blocks are
-    handed on as their last owner left them.
+    context_len - q + i + 1 keys, or with a window the last of these. What other slots hold, be it NaN, never
+    shows in the result: blocks are handed on as their last owner left them.
     """
 
     def __init__(self, spec: AttentionSpec) -> None: ...

@@ -28,6 +28,7 @@ from engine.plan import Int32Array
 from worker.attention.base import AttentionSpec
 from worker.attention.cpu_paged import similar_runs
 from worker.batch import Batch
+from worker.config_values import MAX_INT
 from worker.kv_pages import KvPages, gather, slots_of, store
 
 _KERNEL_KEYS = 512  # keys the kernel takes at a time
@@ -67,6 +68,7 @@ class _Run:
 class CpuInvariantAttention:
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
+        self._window = MAX_INT  # while the machine is tried out: the order of sums is what matters
         self._share = spec.num_heads // spec.num_kv_heads
         self._single = _Tile.of(1, self._share)
         self._k_buffer = torch.empty(0, dtype=spec.dtype)
@@ -76,6 +78,7 @@ class CpuInvariantAttention:
         many = _Tile.of(max(1, _MANY_ROWS // self._share), self._share)
         agrees = all(self._keeps_the_bits(many, width) for width in self._widths)
         self._many = many if agrees else self._single
+        self._window = spec.window or MAX_INT
 
     def begin_step(self, batch: Batch, block_size: int) -> None:
         self._slots = batch.slots
@@ -141,7 +144,9 @@ class CpuInvariantAttention:
 
     def _mask(self, seen: Int32Array, width: int) -> Tensor:
         """[len(seen), width], to be added to the scores."""
-        hidden = torch.from_numpy(np.arange(width, dtype=np.int32)[None] >= seen[:, None])
+        places = np.arange(width, dtype=np.int32)[None]
+        outside = (places >= seen[:, None]) | (places < seen[:, None] - self._window)
+        hidden = torch.from_numpy(outside)
         return torch.zeros(hidden.shape, dtype=self._spec.dtype).masked_fill_(hidden, float("-inf"))
 
     def _filled(self, num_keys: Int32Array) -> Int32Array:

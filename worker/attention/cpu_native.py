@@ -37,7 +37,9 @@ class CpuNativeAttention:
             raise ValueError(f"no compiled attention for {spec}")
         self._width = spec.num_heads * spec.head_dim
         self._is_bf16 = IS_BF16[spec.dtype]
-        self._shape = AttentionStruct(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self._shape = AttentionStruct(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, window=spec.window or 0
+        )
         self._step = StepStruct()
         self._shape_address, self._step_address = map(ctypes.addressof, (self._shape, self._step))
         self._run = compiled.attention

@@ -3,7 +3,8 @@
 Decode: one gather of the whole batch's blocks into buffers that live as long as the backend (fresh buffers
 of several MB are page-faulted in on every call, which cost 2-6x), then one fused call per group of rows of
 similar length. The query heads that share a key head become rows of one query, so no key is read twice.
-Prefill: straight from this step's keys and values where nothing is cached. A step may have both kinds.
+Prefill: straight from this step's keys and values where nothing is cached and all of it is seen. A step may
+have both kinds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from worker.attention.base import AttentionSpec
 from worker.batch import Batch
+from worker.config_values import MAX_INT
 from worker.kv_pages import KvPages, gather, store
 
 
@@ -40,7 +42,7 @@ class _Gathered:
 
 @dataclass(frozen=True, slots=True)
 class _Fresh:
-    """Neighbouring rows of equal length with nothing cached."""
+    """Neighbouring rows of equal length with nothing cached, no longer than the window."""
 
     tokens: slice
     num_rows: int
@@ -49,6 +51,7 @@ class _Fresh:
 class CpuPagedAttention:
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
+        self._window = spec.window or MAX_INT
         self._k_buffer = torch.empty(0, dtype=spec.dtype)
         self._v_buffer = torch.empty(0, dtype=spec.dtype)
 
@@ -105,10 +108,11 @@ class CpuPagedAttention:
         for first, last in bounds:
             lengths = batch.context_len[first:last]
             mask = padding = None
-            if lengths[-1] != lengths[0]:
-                unseen = np.arange(lengths[0], dtype=np.int32)[None] >= lengths[:, None]
-                mask = self._mask(unseen)[:, None, None]
-                row, column = unseen.nonzero()
+            if lengths[-1] != lengths[0] or lengths[0] > self._window:
+                places = np.arange(lengths[0], dtype=np.int32)[None]
+                beyond = places >= lengths[:, None]
+                mask = self._mask(beyond | (places < lengths[:, None] - self._window))[:, None, None]
+                row, column = beyond.nonzero()
                 padding = torch.from_numpy(row * (int(widths[first]) * block_size) + column)
             table = batch.block_table[first:last, : widths[first]]
             groups.append(
@@ -125,7 +129,7 @@ class CpuPagedAttention:
             context = contexts[row]
             tokens = slice(starts[row], starts[row + 1])
             queries = tokens.stop - tokens.start
-            if queries == context:
+            if queries == context <= self._window:
                 previous = groups[-1] if groups else None
                 if isinstance(previous, _Fresh) and contexts[row - 1] == context:
                     groups[-1] = _Fresh(slice(previous.tokens.start, tokens.stop), previous.num_rows + 1)
@@ -134,7 +138,8 @@ class CpuPagedAttention:
                 continue
             width = -(-context // block_size)
             self._reserve(width * block_size)
-            unseen = np.arange(context)[None] > np.arange(context - queries, context)[:, None]
+            places, last = np.arange(context)[None], np.arange(context - queries, context)[:, None]
+            unseen = (places > last) | (places <= last - self._window)
             mask = self._mask(unseen)[None, None]
             table = batch.block_table[row : row + 1, :width]
             groups.append(self._gathered(tokens, table, context, block_size, mask, is_chunk=True))

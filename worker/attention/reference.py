@@ -36,6 +36,8 @@ class ReferenceAttention:
         values = v.flatten(0, 1)[:context].float().repeat_interleave(share, dim=1)
         scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * self._spec.head_dim**-0.5
         unseen = torch.ones(len(q), context, dtype=torch.bool, device=q.device).triu(context - len(q) + 1)
+        if self._spec.window is not None:
+            unseen |= ~torch.ones_like(unseen).triu(context - len(q) + 1 - self._spec.window)
         weights = scores.masked_fill(unseen, float("-inf")).softmax(dim=-1)
         return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype).flatten(1)
 

@@ -11,8 +11,7 @@ from torch.nn import functional
 from engine.quantisation import LinearType
 from worker.attention.base import AttentionBackend
 from worker.batch import Batch
-from worker.config_values import ConfigValues
-from worker.hf_config import DecoderConfig, parse_decoder
+from worker.hf_config import DecoderConfig
 from worker.kv_cache import KvCache
 from worker.kv_pages import KvPages
 from worker.layers.adapted import AdaptedLinear, Projection, StepAdapters
@@ -20,6 +19,7 @@ from worker.layers.quantized import SideBySide
 from worker.layers.rotary import RotaryTable
 from worker.layers.row_ops import Norm
 from worker.loader import EMBEDDING, HEAD, Checkpoint
+from worker.models.configs import parse_llama
 from worker.platforms.base import Linear, Lookup, Platform
 from worker.quantised_weights import mergeable, norm_tensors, take_quantised
 
@@ -99,19 +99,74 @@ class WeightReader:
         return layer
 
 
-class DecoderLayer:
+class HeadNorms:
+    """The norms of queries and keys, head by head, in one pass over both."""
+
+    def __init__(self, reader: WeightReader, prefix: str, config: DecoderConfig) -> None:
+        q_weight, k_weight = reader.plain(f"{prefix}q_norm"), reader.plain(f"{prefix}k_norm")
+        # of each head, [heads, head_dim]; what is normalised is rounded before it is multiplied, as published
+        self._weights = torch.cat(
+            (q_weight.expand(config.num_heads, -1), k_weight.expand(config.num_kv_heads, -1))
+        )
+        self._ones = torch.ones_like(q_weight)
+        self._eps = config.rms_norm_eps
+        self._ops = reader.row_ops
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """heads: [T, n, head_dim], queries and keys first -> these normalised, dense."""
+        qk = heads[:, : len(self._weights)].reshape(-1, heads.shape[-1])
+        normed = self._ops.add_rms_norm(qk, None, self._ones, self._eps)
+        return normed.view(len(heads), -1, heads.shape[-1]).mul_(self._weights)
+
+
+class SelfAttention:
     def __init__(self, config: DecoderConfig, reader: WeightReader, prefix: str) -> None:
+        """`prefix`: of the layer."""
         self._num_heads = config.num_heads
         self._head_dim = config.head_dim
         self._rotated_heads = config.num_heads + config.num_kv_heads
         self._ops = reader.row_ops
-        eps = config.rms_norm_eps
-        self._input_norm = reader.norm(prefix, "input_layernorm", _QKV, eps)
         self._qkv = reader.adapted(prefix, *_QKV, bias=config.qkv_bias)
+        self._norms = HeadNorms(reader, f"{prefix}self_attn.", config) if config.qk_norm else None
         self._output = reader.adapted(f"{prefix}self_attn.", "o_proj", bias=config.output_bias)
-        self._mlp_norm = reader.norm(prefix, "post_attention_layernorm", _GATE_UP, eps)
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: AttentionBackend,
+        k_cache: KvPages,
+        v_cache: KvPages,
+    ) -> Tensor:
+        """x: [T, hidden], normalised -> [T, hidden]."""
+        heads = self._qkv(x).view(len(x), -1, self._head_dim)
+        qk = heads if self._norms is None else self._norms(heads)
+        # queries and keys lie side by side: one rotation for both
+        qk = self._ops.rotate(qk, self._rotated_heads, cos, sin)
+        q, k, v = qk[:, : self._num_heads], qk[:, self._num_heads :], heads[:, self._rotated_heads :]
+        return self._output(attention.forward(q, k, v, k_cache, v_cache))
+
+
+class GatedMlp:
+    def __init__(self, config: DecoderConfig, reader: WeightReader, prefix: str) -> None:
+        """`prefix`: of the layer."""
+        self._ops = reader.row_ops
         self._gate_up = reader.adapted(prefix, *_GATE_UP, bias=config.mlp_bias)
         self._down = reader.adapted(f"{prefix}mlp.", "down_proj", bias=config.mlp_bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [T, hidden] -> [T, hidden]."""
+        return self._down(self._ops.silu_mul(self._gate_up(x)))
+
+
+class DecoderLayer:
+    def __init__(self, config: DecoderConfig, reader: WeightReader, prefix: str) -> None:
+        eps = config.rms_norm_eps
+        self._input_norm = reader.norm(prefix, "input_layernorm", _QKV, eps)
+        self._attention = SelfAttention(config, reader, prefix)
+        self._mlp_norm = reader.norm(prefix, "post_attention_layernorm", _GATE_UP, eps)
+        self._mlp = GatedMlp(config, reader, prefix)
 
     def forward(
         self,
@@ -127,15 +182,8 @@ class DecoderLayer:
 
         -> what the MLP adds, left to whoever normalises x next: one pass over it then.
         """
-        ops = self._ops
-        qkv = self._qkv(self._input_norm(x, delta))
-        heads = qkv.view(len(x), -1, self._head_dim)
-        # queries and keys lie side by side: one rotation for both
-        qk = ops.rotate(heads, self._rotated_heads, cos, sin)
-        q, k, v = qk[:, : self._num_heads], qk[:, self._num_heads :], heads[:, self._rotated_heads :]
-        attended = self._output(attention.forward(q, k, v, k_cache, v_cache))
-        normed = self._mlp_norm(x, attended)
-        return self._down(ops.silu_mul(self._gate_up(normed)))
+        attended = self._attention(self._input_norm(x, delta), cos, sin, attention, k_cache, v_cache)
+        return self._mlp(self._mlp_norm(x, attended))
 
 
 class LlamaForCausalLM:
@@ -168,15 +216,7 @@ class LlamaForCausalLM:
         self._final_norm = Norm(reader.plain(_FINAL_NORM), None, config.rms_norm_eps, platform.row_ops)
         progress(1.0)
 
-    @staticmethod
-    def parse_config(config: ConfigValues) -> DecoderConfig:
-        attention_bias = config.flag("attention_bias")
-        return parse_decoder(
-            config,
-            qkv_bias=attention_bias,
-            output_bias=attention_bias,
-            mlp_bias=config.flag("mlp_bias"),
-        )
+    parse_config = staticmethod(parse_llama)
 
     @staticmethod
     def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -205,6 +245,8 @@ class LlamaForCausalLM:
                 shapes[f"{prefix}{name}.weight"] = (rows, columns)
                 if bias:
                     shapes[f"{prefix}{name}.bias"] = (rows,)
+            for name in ("q_norm", "k_norm") if config.qk_norm else ():
+                shapes[f"{prefix}self_attn.{name}.weight"] = (config.head_dim,)
         return shapes
 
     @staticmethod

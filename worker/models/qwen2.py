@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from worker.config_values import ConfigValues
-from worker.hf_config import DecoderConfig, parse_decoder
+from worker.models.configs import parse_qwen2
 from worker.models.llama import LlamaForCausalLM
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):
-    @staticmethod
-    def parse_config(config: ConfigValues) -> DecoderConfig:
-        if config.flag("use_sliding_window"):
-            raise config.wrong("use_sliding_window", "false; sliding windows are not supported")
-        return parse_decoder(config, qkv_bias=True, output_bias=False, mlp_bias=False)
+    parse_config = staticmethod(parse_qwen2)

@@ -59,7 +59,6 @@ def model_class(config: ConfigValues) -> type[CausalModel]:
     names = config.texts("architectures")
     for name in names:
         if name in MODELS:
-            module, cls = MODELS[name]
-            model: type[CausalModel] = getattr(importlib.import_module(module), cls)
+            model: type[CausalModel] = getattr(importlib.import_module(MODELS[name].module), name)
             return model
     raise config.wrong("architectures", f"a list with one of the supported {', '.join(MODELS)}")

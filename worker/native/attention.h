@@ -133,6 +133,14 @@ template <class T> struct Worker {
         return step.context_len[item.row] - num_queries + query + 1;
     }
 
+    // Keys before these are out of the window of row i; rising.
+    int64_t hidden(const Item& item, int64_t i) const {
+        int64_t before = shape.window ? seen(item, i) - shape.window : 0;
+        return before > 0 ? before : 0;
+    }
+
+    int64_t first_segment(const Item& item) const { return hidden(item, 0) / SEGMENT; }
+
     int64_t segments(const Item& item) const { return (seen(item, item.count - 1) + SEGMENT - 1) / SEGMENT; }
 
     int64_t place(const Item& item, int64_t i) const {
@@ -205,8 +213,9 @@ template <class T> struct Worker {
             to.total[i] = 0;
         }
         memset(to.values, 0, sizeof(float) * item.count * dim);
-        int64_t row = 0, starts[2 * PORTION];
-        for (int64_t first = segment * SEGMENT; first < end; first += PORTION) {
+        int64_t row = 0, starts[2 * PORTION], begin = hidden(item, 0) / PORTION * PORTION;
+        if (begin < segment * SEGMENT) begin = segment * SEGMENT;
+        for (int64_t first = begin; first < end; first += PORTION) {
             while (seen(item, row) <= first) row++;
             int64_t count = end - first < PORTION ? end - first : PORTION, rows = item.count - row;
             int64_t ahead = limit - first - count;
@@ -217,7 +226,8 @@ template <class T> struct Worker {
             if (dense_values) load_values(starts, count);
             memset(scores, 0, sizeof(float) * rows * PORTION);
             multiply_add(queries + row * dim, dim, Dense{keys, PORTION}, dim, PORTION, scores, rows);
-            for (int64_t i = 0; i < rows; i++) weigh(scores + i * PORTION, seen(item, row + i) - first, to, row + i);
+            for (int64_t i = 0; i < rows; i++)
+                weigh(scores + i * PORTION, hidden(item, row + i) - first, seen(item, row + i) - first, to, row + i);
             float* sums = to.values + row * dim;
             if (dense_values)
                 multiply_add(scores, PORTION, Dense{values, dim}, count, dim, sums, rows);
@@ -226,9 +236,15 @@ template <class T> struct Worker {
         }
     }
 
-    // Scores become e^(score - largest), 0 from `visible` on; what row i has so far is brought to the new largest.
-    void weigh(float* scores_of_row, int64_t visible, Sums to, int64_t i) {
+    // Scores become e^(score - largest), 0 before `out` and from `visible` on; what row i has so far is brought to
+    // the new largest.
+    void weigh(float* scores_of_row, int64_t out, int64_t visible, Sums to, int64_t i) {
         int64_t dim = shape.head_dim;
+        if (out >= PORTION) {  // the row's window begins later: there is no largest yet
+            memset(scores_of_row, 0, sizeof(float) * PORTION);
+            return;
+        }
+        for (int64_t j = 0; j < out; j++) scores_of_row[j] = -INFINITY;
         for (int64_t j = visible; j < PORTION; j++) scores_of_row[j] = -INFINITY;
         vf top = load(scores_of_row);
         for (int j = LANES; j < PORTION; j += LANES) top = max_of(top, load(scores_of_row + j));
@@ -277,16 +293,17 @@ template <class T> struct Worker {
     }
 
     void finish(const Item& item, float* parts, int64_t size) {
-        Sums first = sums_at(parts, MAX_ROWS);
-        for (int64_t segment = 1; segment < segments(item); segment++)
-            join(item, first, sums_at(parts + segment * size, MAX_ROWS));
+        int64_t segment = first_segment(item);
+        Sums first = sums_at(parts + segment * size, MAX_ROWS);
+        while (++segment < segments(item)) join(item, first, sums_at(parts + segment * size, MAX_ROWS));
         write(item, first);
     }
 
     void attend(const Item& item) {
         load_queries(item);
-        add_segment(item, 0, whole);
-        for (int64_t segment = 1; segment < segments(item); segment++) {
+        int64_t segment = first_segment(item);
+        add_segment(item, segment, whole);
+        while (++segment < segments(item)) {
             add_segment(item, segment, part);
             join(item, whole, part);
         }
@@ -337,7 +354,8 @@ int32_t attend_all(const Attention* shape, const Step* step, const T* q, const T
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < count * segments; i++) {
                 const Item& item = items[i / segments];
-                if (!memory || i % segments >= worker.segments(item)) continue;
+                if (!memory || i % segments >= worker.segments(item) || i % segments < worker.first_segment(item))
+                    continue;
                 worker.load_queries(item);
                 worker.add_segment(item, i % segments, worker.sums_at(parts + i * sums, MAX_ROWS));
             }

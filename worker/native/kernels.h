@@ -27,6 +27,7 @@ struct Attention {
     int64_t num_kv_heads;
     int64_t head_dim;     // a multiple of 16
     int64_t block_size;   // tokens
+    int64_t window;       // latest keys a query sees, its own among them; 0: all
 };
 
 // What all layers of a step share. Row r has the queries query_start[r] .. query_start[r + 1], which are the last

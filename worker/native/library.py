@@ -55,6 +55,7 @@ class AttentionStruct(ctypes.Structure):
         ("num_kv_heads", _INT64),
         ("head_dim", _INT64),
         ("block_size", _INT64),
+        ("window", _INT64),
     )
 
 
