@@ -262,8 +262,8 @@ def test_projections_with_constants_of_their_own_are_not_merged(folder: Path, tm
     }
     other = change(folder / "w8a8", tmp_path / "m", **coarser)
     layers = Harness(other).runner._model._layers  # type: ignore[attr-defined]
-    assert isinstance(layers[0]._qkv._linear, SideBySide)
-    assert not isinstance(layers[1]._qkv._linear, SideBySide)
+    assert isinstance(layers[0]._attention._qkv._linear, SideBySide)
+    assert not isinstance(layers[1]._attention._qkv._linear, SideBySide)
     want, got = logits_of(folder / "w8a8"), logits_of(other)
     assert 0 < (got - want).norm() < 0.1 * want.norm()
 
