@@ -29,7 +29,7 @@ from worker.cache_size import (
 )
 from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig
-from worker.models.table import MODELS
+from worker.models.table import family_of
 from worker.platforms.memory_limits import MemoryInfo
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -128,11 +128,8 @@ def plan_memory(
 
 def _read_decoder(model: ModelSettings) -> tuple[DecoderConfig, str]:
     values = ConfigValues.read(model.weight_path / "config.json")
-    names = values.texts("architectures")
-    known = [name for name in names if name in MODELS]
-    if not known:
-        raise values.wrong("architectures", f"a list with one of the supported {', '.join(MODELS)}")
-    return MODELS[known[0]].parse(values), known[0]
+    architecture, family = family_of(values)
+    return family.parse(values), architecture
 
 
 def _stored_weights(folder: Path) -> StoredWeights:

@@ -15,7 +15,7 @@ RopeKind = Literal["default", "linear", "llama3", "yarn"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn")
 
 _MIN_THETA = 2.0  # far below any in use; at 1 its logarithm, which YaRN divides by, is 0
-_MAX_LAYERS = 10_000  # tensors are listed by name before anything is loaded
+MAX_LAYERS = 10_000  # tensors are listed by name before anything is loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def parse_decoder(
         vocab_size=config.positive("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=config.positive("intermediate_size"),
-        num_layers=config.positive("num_hidden_layers", most=_MAX_LAYERS),
+        num_layers=config.positive("num_hidden_layers", most=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

@@ -95,6 +95,10 @@ class Checkpoint:
         """A copy of one tensor in the type it is stored in."""
         return self._tensor(name).clone()
 
+    def names(self) -> Iterable[str]:
+        """Of all tensors."""
+        return self._stored.keys()
+
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 

@@ -69,7 +69,8 @@ class ModelRunner:
         config = cls.parse_config(raw)
         checkpoint = Checkpoint(folder)
         shapes = cls.tensor_shapes(config)
-        checkpoint.check(shapes, cls.ignorable_tensors(config))
+        if shapes is not None:
+            checkpoint.check(shapes, cls.ignorable_tensors(config))
         dtype = self._platform.weight_dtype(self._settings.dtype, checkpoint.stored_dtype)
 
         self.vocab_size = config.vocab_size
@@ -84,7 +85,7 @@ class ModelRunner:
         # an id beyond the vocabulary, which some models declare, ends nothing and masks nothing
         self.eos_token_ids = tuple(token for token in eos_token_ids(folder, raw) if token < self.vocab_size)
         self.dtype = dtype
-        self.weight_bytes = checkpoint.bytes_held(shapes, dtype.itemsize)
+        self.weight_bytes = checkpoint.bytes_held(shapes or checkpoint.names(), dtype.itemsize)
         self._kv_spec = KvSpec(
             config.num_layers,
             self._schedule.block_size,

@@ -87,6 +87,11 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"num_key_value_heads": 6, "head_dim": 10, "attention_bias": True, "rope_parameters": _YARN},
     ),
+    # through transformers' own modules
+    "generic-granite": (
+        "Granite",
+        {"num_key_value_heads": 2, "attention_multiplier": 0.3, "logits_scaling": 2.0},
+    ),
     "llama-linear": (
         "Llama",
         {

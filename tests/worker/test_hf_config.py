@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.errors import StartupError
@@ -20,9 +20,8 @@ from worker.hf_config import DecoderConfig, RopeConfig, eos_token_ids
 from worker.hf_config import parse_rope as parse_rope_of
 from worker.layers.rotary import inverse_frequencies
 from worker.models.llama import LlamaForCausalLM
-from worker.models.qwen2 import Qwen2ForCausalLM
 from worker.models.registry import model_class
-from worker.models.table import MODELS
+from worker.models.table import GENERIC, MODELS
 
 BASE: dict[str, Any] = {
     "vocab_size": 100,
@@ -213,16 +212,16 @@ def test_any_config_is_either_read_or_refused(
     """Nothing but StartupError comes out, and what is read can be computed with."""
     scaling = {"rope_type": kind, "factor": 2.0, **rope}
     config = ConfigValues(FILE, {**BASE, "rope_scaling": scaling, **change})
-    for cls in (LlamaForCausalLM, Qwen2ForCausalLM):
+    for family in (*MODELS.values(), GENERIC):
         try:
             eos_token_ids(Path("/nowhere"), config)
-            parsed = cls.parse_config(config)
+            parsed = family.parse(config)
         except StartupError:
             continue
         frequencies, factor = inverse_frequencies(parsed.rope, 16)
         assert frequencies.isfinite().all() and math.isfinite(factor)
         assert parsed.usable_positions >= parsed.max_position_embeddings
-    if "architectures" in change:
+    if "architectures" in change:  # made of at most 3 letters
         with pytest.raises(StartupError, match="architectures"):
             model_class(config)
 
@@ -250,19 +249,61 @@ def test_the_usable_length_includes_the_extension(
     )
 
 
-def test_a_sliding_window_is_refused_only_when_in_use() -> None:
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_windows_of_some_layers_are_refused_only_when_in_use(name: str) -> None:
+    parse = MODELS[name].parse
     window = {**BASE, "sliding_window": 4096}
-    assert Qwen2ForCausalLM.parse_config(ConfigValues(FILE, {**window, "use_sliding_window": False}))
+    assert parse(ConfigValues(FILE, {**window, "use_sliding_window": False})).window is None
     with pytest.raises(StartupError, match="use_sliding_window"):
-        Qwen2ForCausalLM.parse_config(ConfigValues(FILE, {**window, "use_sliding_window": True}))
+        parse(ConfigValues(FILE, {**window, "use_sliding_window": True}))
 
 
-@pytest.mark.parametrize("architectures", [["MambaForCausalLM"], [], None])
+@pytest.mark.parametrize(
+    ("given", "want"), [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 7}, 7)]
+)
+def test_the_window_of_mistral(given: dict[str, Any], want: int | None) -> None:
+    """4096 where nothing is said, as transformers reads it."""
+    parsed = MODELS["MistralForCausalLM"].parse(ConfigValues(FILE, BASE | given))
+    assert parsed.window == want == MistralConfig(**BASE, **given).sliding_window
+
+
+def test_the_table_and_the_classes_agree() -> None:
+    for name, family in [*MODELS.items(), ("", GENERIC)]:
+        config = ConfigValues(FILE, {"architectures": [name or "GPT2LMHeadModel"]})
+        assert model_class(config).parse_config is family.parse
+
+
+@pytest.mark.parametrize("architectures", [["T5ForConditionalGeneration"], ["BertModel"], [], None])
 def test_an_unsupported_architecture_lists_the_supported_ones(architectures: list[str] | None) -> None:
     with pytest.raises(StartupError) as caught:
         model_class(ConfigValues(FILE, {"architectures": architectures}))
     for name in (str(FILE), "architectures", *MODELS, *(architectures or [])):
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"text_config": {}}, "text_config"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
+        ({"num_attention_heads": None}, "num_attention_heads, n_head, n_heads"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers"),
+    ],
+)
+def test_what_no_decoder_of_plain_attention_has_is_refused_by_name(
+    change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(StartupError, match=named):
+        GENERIC.parse(ConfigValues(FILE, BASE | change))
+
+
+def test_sizes_under_the_names_of_others() -> None:
+    gpt2 = {"vocab_size": 100, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": None}
+    parsed = GENERIC.parse(ConfigValues(FILE, gpt2))
+    assert (parsed.num_layers, parsed.num_kv_heads, parsed.head_dim) == (2, 4, 16)
+    assert (parsed.intermediate_size, parsed.usable_positions, parsed.window) == (256, 256, None)
 
 
 @pytest.mark.parametrize("architectures", [[["x"]], "LlamaForCausalLM", 3, {}])

@@ -16,7 +16,7 @@ from worker.hf_config import DecoderConfig
 from worker.kv_cache import KvCache
 from worker.layers.adapted import Projection, StepAdapters
 from worker.loader import Checkpoint
-from worker.models.table import MODELS
+from worker.models.table import family_of
 from worker.platforms.base import Platform
 
 
@@ -40,8 +40,8 @@ class CausalModel(Protocol):
     def parse_config(config: ConfigValues) -> DecoderConfig: ...
 
     @staticmethod
-    def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-        """Every tensor the checkpoint must hold."""
+    def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]] | None:
+        """Every tensor the checkpoint must hold. None: only loading can tell, and does."""
 
     @staticmethod
     def ignorable_tensors(config: DecoderConfig) -> frozenset[str]:
@@ -55,10 +55,7 @@ class CausalModel(Protocol):
 
 
 def model_class(config: ConfigValues) -> type[CausalModel]:
-    """The class of the first architecture this build has; StartupError when it has none of them."""
-    names = config.texts("architectures")
-    for name in names:
-        if name in MODELS:
-            model: type[CausalModel] = getattr(importlib.import_module(MODELS[name].module), name)
-            return model
-    raise config.wrong("architectures", f"a list with one of the supported {', '.join(MODELS)}")
+    """The class that serves what the config names; StartupError when there is none."""
+    _, family = family_of(config)
+    model: type[CausalModel] = getattr(importlib.import_module(family.module), family.cls)
+    return model

@@ -15,13 +15,32 @@ from worker.models import configs
 
 class Family(NamedTuple):
     module: str
+    cls: str
     parse: Callable[[ConfigValues], DecoderConfig]  # StartupError names what cannot be computed
 
 
-# the class in the module is called as the architecture is
 MODELS: dict[str, Family] = {
-    "LlamaForCausalLM": Family("worker.models.llama", configs.parse_llama),
-    "MistralForCausalLM": Family("worker.models.mistral", configs.parse_mistral),
-    "Qwen2ForCausalLM": Family("worker.models.qwen2", configs.parse_qwen2),
-    "Qwen3ForCausalLM": Family("worker.models.qwen3", configs.parse_qwen3),
+    "LlamaForCausalLM": Family("worker.models.llama", "LlamaForCausalLM", configs.parse_llama),
+    "MistralForCausalLM": Family("worker.models.mistral", "MistralForCausalLM", configs.parse_mistral),
+    "Qwen2ForCausalLM": Family("worker.models.qwen2", "Qwen2ForCausalLM", configs.parse_qwen2),
+    "Qwen3ForCausalLM": Family("worker.models.qwen3", "Qwen3ForCausalLM", configs.parse_qwen3),
 }
+GENERIC = Family("worker.models.generic", "GenericCausalLM", configs.parse_generic)
+_DECODERS = ("ForCausalLM", "LMHeadModel")  # how transformers ends the names of what may be one
+
+
+def family_of(config: ConfigValues) -> tuple[str, Family]:
+    """The first architecture that has a family of its own, else one that may run through transformers.
+
+    StartupError when there is neither.
+    """
+    names = config.texts("architectures")
+    for name in names:
+        if name in MODELS:
+            return name, MODELS[name]
+    for name in names:
+        if name.endswith(_DECODERS):
+            return name, GENERIC
+    raise config.wrong(
+        "architectures", f"a list with one of {', '.join(MODELS)}, or another decoder that transformers knows"
+    )
