@@ -29,7 +29,7 @@ from worker.cache_size import (
 )
 from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig
-from worker.models.table import family_of
+from worker.models.table import GENERIC, family_of
 from worker.platforms.memory_limits import MemoryInfo
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -129,7 +129,8 @@ def plan_memory(
 def _read_decoder(model: ModelSettings) -> tuple[DecoderConfig, str]:
     values = ConfigValues.read(model.weight_path / "config.json")
     architecture, family = family_of(values)
-    return family.parse(values), architecture
+    how = " through transformers" if family is GENERIC else ""
+    return family.parse(values), f"{architecture}{how}"
 
 
 def _stored_weights(folder: Path) -> StoredWeights:

@@ -102,10 +102,20 @@ def test_damaged_weights_and_unknown_models_are_findings(home: Home) -> None:
     assert "bytes of weights, expected" in check(home).stdout
     weights.write_bytes(whole)
     config = home.model_dir / "config.json"
-    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "MambaForCausalLM"))
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "BertModel"))
     done = check(home)
     assert done.returncode == 1
-    assert "MambaForCausalLM" in done.stdout and "LlamaForCausalLM" in done.stdout
+    assert "BertModel" in done.stdout and "LlamaForCausalLM" in done.stdout
+
+
+def test_what_runs_through_transformers_is_planned_without_it(home: Home) -> None:
+    config = home.model_dir / "config.json"
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "GraniteForCausalLM"))
+    home.backend["runtimeConfig"] = {"deviceType": "cpu"}
+    done = check(home)
+    assert done.returncode == 0, done.stdout
+    assert "GraniteForCausalLM through transformers" in rows(done)["weights"]
+    assert done.stderr.strip() == "", "nothing heavy is loaded"
 
 
 def test_quantised_weights_are_counted_as_they_are_held(home: Home) -> None:
