@@ -2,6 +2,7 @@
 # Sets up .venv once, then runs every check: ruff, mypy and the tests. Leaves nothing running and, outside of
 # .venv, nothing lying about.
 #   scripts/test.sh [--fast] [argument of pytest ...]     --fast leaves out the tests marked slow
+# Tests that start no daemon run two at a time, unless there are arguments for pytest.
 # Exits with pytest's code; with 1 when the tests pass and another check does not.
 set -euo pipefail
 caller_dir=$PWD
@@ -10,11 +11,12 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 
 pytest_arguments=()
+whole=1
 for argument; do
     case $argument in
         --fast) pytest_arguments+=(-m "not slow") ;;
-        -h | --help) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
-        *) pytest_arguments+=("$argument") ;;
+        -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+        *) pytest_arguments+=("$argument") && whole=0 ;;
     esac
 done
 
@@ -58,9 +60,21 @@ shared_before=$(shared_memory)
 check .venv/bin/ruff check --cache-dir .venv/cache/ruff
 check .venv/bin/ruff format --check --cache-dir .venv/cache/ruff
 check .venv/bin/mypy --cache-dir .venv/cache/mypy
-printf '\n== pytest\n'
 code=0
-.venv/bin/python -m pytest -o cache_dir=.venv/cache/pytest "${pytest_arguments[@]}" || code=$?
+
+run_pytest() {
+    printf '\n== pytest %s\n' "$*"
+    .venv/bin/python -m pytest -o cache_dir=.venv/cache/pytest "${pytest_arguments[@]}" "$@" || code=$?
+}
+
+if ((whole)); then
+    # files stay whole: what they share is made once; a thread each, for the two fill the machine
+    no_daemons=(tests/daemon tests/endpoint tests/engine tests/worker)
+    OMP_NUM_THREADS=1 run_pytest -n 2 --dist loadfile "${no_daemons[@]}"
+    run_pytest "${no_daemons[@]/#/--ignore=}"
+else
+    run_pytest
+fi
 
 left=$(leftovers)
 if [[ -n $left ]]; then
