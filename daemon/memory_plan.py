@@ -105,6 +105,7 @@ def plan_memory(
             schedule.block_size,
             config.num_kv_heads,
             head_bytes(config.head_dim, _BYTES[dtype], int8=int8_cache),
+            shared=config.shares_pages,
         ),
         int8_cache=int8_cache,
         max_seq_len=limits.max_seq_len,

@@ -21,11 +21,13 @@ from worker.attention.base import AttentionSpec
 from worker.attention.registry import make_attention
 from worker.batch import make_batch
 from worker.config_values import ConfigValues
+from worker.kv_cache import KvCache, KvSpec
 from worker.layers.norm import rms_norm
 from worker.layers.rotary import RotaryTable
 from worker.loader import EMBEDDING, HEAD, Checkpoint
-from worker.models.llama import DecoderLayer, WeightReader
+from worker.models.llama import LlamaForCausalLM
 from worker.models.registry import model_class
+from worker.models.weight_reader import WeightReader
 from worker.platforms.base import Linear
 from worker.platforms.cpu import CpuPlatform
 
@@ -107,6 +109,14 @@ class ObservingReader(WeightReader):
         return layer
 
 
+def family_class(folder: Path) -> type[LlamaForCausalLM]:
+    """Of a model; ValueError when its layers are not built one by one."""
+    cls = model_class(ConfigValues.read(folder / "config.json"))
+    if not issubclass(cls, LlamaForCausalLM):
+        raise ValueError(f"{folder} has no family of its own; docs/models.md has those that can be quantised")
+    return cls
+
+
 def input_ranges(checkpoint: Checkpoint, texts: Sequence[list[int]]) -> Ranges:
     """What the linear layers of the decoder are given while it reads the texts."""
     found: Ranges = {}
@@ -145,22 +155,25 @@ def _hidden_states(
 
     `after` is given each layer's reader when all texts have passed; the layer is dropped then.
     """
-    values = ConfigValues.read(checkpoint.folder / "config.json")
-    config = model_class(values).parse_config(values)
+    cls = family_class(checkpoint.folder)
+    config = cls.parse_config(ConfigValues.read(checkpoint.folder / "config.json"))
     platform = CpuPlatform()
     dtype = platform.weight_dtype("auto", checkpoint.stored_dtype)
     longest = max(map(len, texts))
-    spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
+    spec = AttentionSpec(config.num_heads, config.num_kv_heads, config.head_dim, dtype, window=config.window)
     attention = make_attention(platform.attention_backend(spec), spec)
-    k_cache, v_cache = torch.zeros(2, 1, longest, config.num_kv_heads, config.head_dim, dtype=dtype)
-    rotary = RotaryTable(config.rope, config.head_dim, longest, dtype, platform.device)
+    spec_of_cache = KvSpec(
+        1, longest, config.num_kv_heads, config.head_dim, dtype, shared=config.shares_pages
+    )
+    ((k_cache, v_cache),) = KvCache(spec_of_cache, 1, platform.device).layers
+    rotary = RotaryTable(config.rope, config.rotary_dim, longest, dtype, platform.device)
     batches = [make_batch(_whole(ids, longest), platform.device) for ids in texts]
     embedding = checkpoint.take(f"{EMBEDDING}.weight", dtype=dtype)
     states = [functional.embedding(batch.input_ids, embedding) for batch in batches]
     del embedding
     for index in range(config.num_layers):
         reader = ObservingReader(checkpoint, platform, dtype)
-        layer = DecoderLayer(config, reader, f"model.layers.{index}.")
+        layer = cls.make_layer(config, reader, index)
         for batch, x in zip(batches, states, strict=True):
             attention.begin_step(batch, longest)
             x += layer.forward(x, None, *rotary.gather(batch.positions), attention, k_cache, v_cache)

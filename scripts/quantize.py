@@ -38,10 +38,9 @@ from torch import Tensor
 
 from engine.errors import StartupError
 from engine.quantisation import DESCRIPTION, SCHEMES
-from scripts.layerwise import Ranges, draw_progress, input_ranges, mean_loss, read_texts
+from scripts.layerwise import Ranges, draw_progress, family_class, input_ranges, mean_loss, read_texts
 from worker.config_values import ConfigValues
 from worker.loader import EMBEDDING, HEAD, Checkpoint
-from worker.models.registry import model_class
 
 KINDS = {"w8a8": "W8A8", "w8a8_dynamic": "W8A8_DYNAMIC", "w8a16": "W8A16"}
 DIRECTORY_MODE = 0o750  # the server refuses a model directory that is wider
@@ -172,6 +171,10 @@ class Summary:
         )
 
 
+# what chooses experts, and what is taken apart and multiplied into queries and values
+_FLOATING = ("mlp.gate", "block_sparse_moe.gate", "kv_b_proj")
+
+
 def quantised_modules(shapes: Mapping[str, tuple[int, ...]], keep: Sequence[str]) -> list[str]:
     """The decoder's linear layers, without those whose name contains one of `keep`."""
     linears = [
@@ -179,7 +182,11 @@ def quantised_modules(shapes: Mapping[str, tuple[int, ...]], keep: Sequence[str]
         for name, shape in shapes.items()
         if ".layers." in name and name.endswith(".weight") and len(shape) == 2
     ]
-    return [module for module in linears if not any(part in module for part in keep)]
+    return [
+        module
+        for module in linears
+        if not module.endswith(_FLOATING) and not any(part in module for part in keep)
+    ]
 
 
 def quantise(
@@ -191,9 +198,11 @@ def quantise(
     head: bool = False,
 ) -> Summary:
     """Write every tensor of the checkpoint, quantised where it is to be; `head`: the vocabulary head too."""
-    values = ConfigValues.read(checkpoint.folder / "config.json")
-    shapes = model_class(values).tensor_shapes(model_class(values).parse_config(values))
+    values, cls = ConfigValues.read(checkpoint.folder / "config.json"), family_class(checkpoint.folder)
+    shapes = cls.tensor_shapes(cls.parse_config(values))
     modules = set(quantised_modules(shapes, keep))
+    if kind == "W8A8":  # an expert that no text went to has no constants
+        modules -= {module for module in modules if ranges.get(module, (0.0, 0.0)) == (0.0, 0.0)}
     if not modules:
         raise ValueError("--keep leaves no layer to be quantised")
     if head:
@@ -268,7 +277,7 @@ def run(args: argparse.Namespace) -> Iterator[str]:
     if checkpoint.quantisation.scheme:
         raise ValueError(f"{args.model} is quantised already ({checkpoint.quantisation.scheme})")
     values = ConfigValues.read(args.model / "config.json")
-    cls = model_class(values)
+    cls = family_class(args.model)
     config = cls.parse_config(values)
     checkpoint.check(cls.tensor_shapes(config), cls.ignorable_tensors(config))
     if args.out.exists() and any(args.out.iterdir()):

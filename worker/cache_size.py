@@ -32,9 +32,11 @@ def head_bytes(head_dim: int, element_bytes: int, *, int8: bool) -> int:
     return head_dim + 4 if int8 else head_dim * element_bytes
 
 
-def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_size: int) -> int:
-    """`head_size`: of `head_bytes`."""
-    return 2 * num_layers * num_kv_heads * head_size * block_size
+def bytes_per_block(
+    num_layers: int, block_size: int, num_kv_heads: int, head_size: int, *, shared: bool = False
+) -> int:
+    """`head_size`: of `head_bytes`. `shared`: values are a part of what is kept as keys."""
+    return (1 if shared else 2) * num_layers * num_kv_heads * head_size * block_size
 
 
 def blocks_per_sequence(max_seq_len: int, block_size: int) -> int:
@@ -110,6 +112,8 @@ def activation_bytes(config: DecoderConfig, schedule: ScheduleSettings) -> int:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     # residual, norm, result; beside them queries, keys, values and what rotates them, or gate, up and product
     per_token = 3 * config.hidden_size + max(4 * heads, 3 * config.intermediate_size)
+    if config.experts is not None:  # what goes to them, what comes back, and that in the tokens' order
+        per_token += config.experts.per_token * 4 * config.hidden_size
     logits = 2 * max(schedule.max_batch_size, schedule.max_prefill_batch_size) * config.vocab_size
     return 4 * (tokens * per_token + logits)
 

@@ -63,6 +63,19 @@ class ConfigValues:
         """None when absent or null."""
         return None if self.raw(key) is None else self.positive(key)
 
+    def whole(self, key: str) -> int:
+        """A whole number >= 0; 0 when absent or null."""
+        return 0 if self.raw(key) in (None, 0) and self.raw(key) is not False else self.positive(key)
+
+    def numbers(self, key: str) -> list[int]:
+        """A list of whole numbers >= 0; empty when absent or null."""
+        value = self.raw(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(_is_int(item) and 0 <= item <= MAX_INT for item in value):
+            raise self.wrong(key, "a list of whole numbers >= 0")
+        return value
+
     def number(self, key: str, default: float, *, least: float) -> float:
         """A number >= least; null is refused."""
         if key not in self._values:

@@ -37,8 +37,43 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """Which experts a token goes to, and how much each of them counts."""
+
+    num_experts: int
+    per_token: int
+    intermediate_size: int  # of one expert
+    dense_layers: frozenset[int] = frozenset()  # layers with a plain MLP instead
+    shared_intermediate_size: int = 0  # of the experts that every token goes to, side by side; 0: none
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    has_correction: bool = False  # a bias on the scores that decides who is chosen, and nothing else
+    normalise: bool = True  # the chosen scores are divided by their sum
+    scale: float = 1.0  # on the chosen scores
+    num_groups: int = 1
+    groups_per_token: int = 1  # all experts of a token are in so many groups
+    scores_of_group: int = 1  # the best so many scores of a group, added up, decide whether it is chosen
+    exact: bool = False  # scores are computed in float32 whatever the dtype
+
+
+@dataclass(frozen=True, slots=True)
+class LatentConfig:
+    """Attention whose keys and values are made of one short vector for each token."""
+
+    q_rank: int | None  # None: queries are made directly
+    kv_rank: int
+    plain_dim: int  # of each head of queries and keys: what is not rotated, ...
+    rotary_dim: int  # ... and what is, one for the keys of all heads
+    value_dim: int
+    interleaved: bool  # rotated pairs are neighbours
+    scale: float  # of the scores
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """Shape of a decoder of the Llama family."""
+    """Shape of a decoder of the Llama family.
+
+    num_kv_heads and head_dim are those of what is cached: with `latent` one head of kv_rank + rotary_dim.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -56,6 +91,19 @@ class DecoderConfig:
     rope: RopeConfig
     qk_norm: bool = False  # each query and key head is normalised before it is rotated
     window: int | None = None  # latest tokens a token attends to, itself among them; None: all
+    experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
+    num_extra_layers: int = 0  # behind the others, for guessing ahead; not loaded
+
+    @property
+    def rotary_dim(self) -> int:
+        """Of each head, what is rotated."""
+        return self.head_dim if self.latent is None else self.latent.rotary_dim
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether values are read from the pages of the keys."""
+        return self.latent is not None
 
     @property
     def usable_positions(self) -> int:

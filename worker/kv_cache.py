@@ -22,16 +22,17 @@ class KvSpec:
     head_dim: int
     dtype: torch.dtype  # of the model
     int8: bool = False  # whether the cache holds int8 instead
+    shared: bool = False  # whether values are a part of what is kept as keys
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers, keys and values."""
         head = head_bytes(self.head_dim, self.dtype.itemsize, int8=self.int8)
-        return bytes_per_block(self.num_layers, self.block_size, self.num_kv_heads, head)
+        return bytes_per_block(self.num_layers, self.block_size, self.num_kv_heads, head, shared=self.shared)
 
 
 class KvCache:
-    """Per layer the pages of keys and those of values.
+    """Per layer the pages of keys and those of values, which may be the same.
 
     Zeroed, so that its pages are taken now and not in the middle of a request.
     """
@@ -45,13 +46,17 @@ class KvCache:
             values = torch.zeros(shape, dtype=torch.int8, device=device)
             return Int8Pages(values, torch.zeros(shape[:-1], device=device))
 
-        self.layers: list[tuple[KvPages, KvPages]] = [(pages(), pages()) for _ in range(spec.num_layers)]
+        self.layers: list[tuple[KvPages, KvPages]] = []
+        for _ in range(spec.num_layers):
+            keys = pages()
+            self.layers.append((keys, keys if spec.shared else pages()))
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything in it; blocks are dimension 0."""
-        for layer in self.layers:
-            for pages in layer:
-                yield from tensors_of(pages)
+        for keys, values in self.layers:
+            yield from tensors_of(keys)
+            if values is not keys:
+                yield from tensors_of(values)
 
     def fetch(self, other: KvCache, moves: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks of another cache, (its block, ours) each."""

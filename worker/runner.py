@@ -93,6 +93,7 @@ class ModelRunner:
             config.head_dim,
             dtype,
             int8=holds_int8(self._settings, checkpoint.quantisation),
+            shared=config.shares_pages,
         )
         self.block_bytes = self._kv_spec.block_bytes
         self._activation_bytes = activation_bytes(config, self._schedule)
@@ -100,7 +101,10 @@ class ModelRunner:
             self.block_bytes, self._settings, self._schedule, self._schedule.block_size
         )
         self._check_memory()
-        self._choose_kernels(quantised=bool(checkpoint.quantisation.types))
+        exact_router = config.experts is not None and config.experts.exact
+        self._choose_kernels(
+            {dtype, torch.float32} if exact_router else {dtype}, bool(checkpoint.quantisation.types)
+        )
         within = config.window is None or config.window >= self.max_seq_len
         spec = AttentionSpec(
             config.num_heads,
@@ -134,13 +138,14 @@ class ModelRunner:
         )
         self.adapters.load_static(self._settings.lora.modules)
 
-    def _choose_kernels(self, quantised: bool) -> None:
+    def _choose_kernels(self, dtypes: set[torch.dtype], quantised: bool) -> None:
         """As the others have, or for them: not at the same time, which would disturb the measuring too."""
         with self._keepsake.alone():
             if left := self._keepsake.read():
                 self._platform.adopt(left)
             else:
-                self._platform.choose_kernels(self.dtype)
+                for dtype in dtypes:
+                    self._platform.choose_kernels(dtype)
                 if quantised:
                     self._platform.choose_int8_kernels(self.dtype)
                 self._keepsake.leave(self._platform.findings())

@@ -69,6 +69,19 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_YARN_SCALED = {**_YARN, "mscale": 0.707, "mscale_all_dim": 1.0}
+_LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 
 # name -> (family, what differs from _SHAPE)
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,6 +99,46 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-bias-yarn": (
         "Qwen3",
         {"num_key_value_heads": 6, "head_dim": 10, "attention_bias": True, "rope_parameters": _YARN},
+    ),
+    "mixtral": (
+        "Mixtral",
+        {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 12,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "deepseek-v2-lite": ("DeepseekV2", {**_LATENT, "q_lora_rank": None, "rope_parameters": _YARN_SCALED}),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {
+            **_LATENT,
+            "q_lora_rank": 24,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 3.0,
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            **_LATENT,
+            "q_lora_rank": 24,
+            "attention_bias": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": _YARN_SCALED,
+        },
     ),
     # through transformers' own modules
     "generic-granite": (

@@ -22,7 +22,7 @@ from engine.settings import LoraModule, LoraSettings
 from scripts import quantize
 from scripts.write_random_lora import write_adapter
 from scripts.write_random_model import Shape, write_model
-from tests.worker.conftest import MODEL, SCHEDULE
+from tests.worker.conftest import MODEL, SCHEDULE, write_checkpoint
 from worker.attention.base import AttentionBackend, AttentionSpec
 from worker.attention.cpu_invariant import CpuInvariantAttention
 from worker.attention.cpu_native import CpuNativeAttention
@@ -177,6 +177,21 @@ def test_quantised_rows_keep_their_bits(
     assert quantize.main(arguments) == 0
     machine = Machine(folder, "bfloat16", kv_cache_dtype=cache)
     texts = [machine.text(length) for length in (7, 90, 270)]
+    want = [machine.whole(text) for text in texts]
+    rows = [machine.sequence(text[:-1]) for text in texts]
+    rows.insert(1, machine.sequence(machine.text(33)))
+    machine.step(StepKind.PREFILL, rows)
+    logits = machine.decode(rows, [texts[0][-1], 1, texts[1][-1], texts[2][-1]])
+    got = [machine.finish(rows[row], logits[row]) for row in (0, 2, 3)]
+    assert all(map(same, got, want))
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "qwen3", "qwen3-moe", "deepseek-v3"])
+def test_rows_of_every_family_keep_their_bits(tmp_path: Path, name: str, way: str) -> None:
+    """Which experts the others go to, and where a window begins, is nothing to a row."""
+    write_checkpoint(tmp_path, name, torch.bfloat16)
+    machine = Machine(tmp_path, "bfloat16")
+    texts = [machine.text(length) for length in (7, 40, 90)]
     want = [machine.whole(text) for text in texts]
     rows = [machine.sequence(text[:-1]) for text in texts]
     rows.insert(1, machine.sequence(machine.text(33)))

@@ -3,100 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.quantisation import LinearType
 from worker.attention.base import AttentionBackend
 from worker.batch import Batch
 from worker.hf_config import DecoderConfig
 from worker.kv_cache import KvCache
 from worker.kv_pages import KvPages
-from worker.layers.adapted import AdaptedLinear, Projection, StepAdapters
-from worker.layers.quantized import SideBySide
 from worker.layers.rotary import RotaryTable
 from worker.layers.row_ops import Norm
 from worker.loader import EMBEDDING, HEAD, Checkpoint
 from worker.models.configs import parse_llama
-from worker.platforms.base import Linear, Lookup, Platform
-from worker.quantised_weights import mergeable, norm_tensors, take_quantised
+from worker.models.weight_reader import WeightReader
+from worker.platforms.base import Lookup, Platform
 
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 _FINAL_NORM = "model.norm"
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+Shapes = dict[str, tuple[int, ...]]  # by name of the tensor
 
 
-class WeightReader:
-    """Takes layers out of a checkpoint the way the platform wants them."""
+def linear_shapes(module: str, rows: int, columns: int, bias: bool = False) -> Shapes:
+    weight: Shapes = {f"{module}.weight": (rows, columns)}
+    return weight | {f"{module}.bias": (rows,)} if bias else weight
 
-    def __init__(self, checkpoint: Checkpoint, platform: Platform, dtype: torch.dtype) -> None:
-        self._checkpoint = checkpoint
-        self._platform = platform
-        self._dtype = dtype
-        self.row_ops = platform.row_ops
-        self.step_adapters = StepAdapters()
-        self.projections: dict[str, Projection] = {}
 
-    def plain(self, module: str) -> Tensor:
-        """The weight of a norm or an embedding, as it is."""
-        weight = self._checkpoint.take(f"{module}.weight", dtype=self._dtype).to(self._platform.device)
-        self._checkpoint.release()
-        return weight
-
-    def norm(self, prefix: str, module: str, followers: Sequence[str], eps: float) -> Norm:
-        """Of the layers named, which take what it gives."""
-        names = [f"{prefix}{name}" for name in followers]
-        weight, bias = norm_tensors(self._checkpoint, f"{prefix}{module}", names)
-        device = self._platform.device
-        norm = Norm(
-            self._checkpoint.take(weight, dtype=self._dtype).to(device),
-            None if bias is None else self._checkpoint.take(bias, dtype=self._dtype).to(device),
-            eps,
-            self.row_ops,
-        )
-        self._checkpoint.release()
-        return norm
-
-    def linear(self, prefix: str, *modules: str, bias: bool = False) -> Linear:
-        """The named projections merged into one, outputs in the order given."""
-        names = [f"{prefix}{module}" for module in modules]
-        parts = [self._pack(how, group, bias) for how, group in mergeable(self._checkpoint, names)]
-        return parts[0] if len(parts) == 1 else SideBySide(parts)
-
-    def _pack(self, how: LinearType, names: Sequence[str], bias: bool) -> Linear:
-        if how == "FLOAT":
-            weight = self._checkpoint.take(*(f"{name}.weight" for name in names), dtype=self._dtype)
-            biases = (
-                self._checkpoint.take(*(f"{name}.bias" for name in names), dtype=self._dtype)
-                if bias
-                else None
-            )
-            linear = self._platform.pack_linear(weight, biases)
-        else:
-            given = take_quantised(self._checkpoint, how, names, bias)
-            linear = self._platform.pack_quantised(given, self._dtype)
-        self._checkpoint.release()
-        return linear
-
-    def tied(self, module: str) -> tuple[Linear, Lookup]:
-        """The head that is the embedding too, and the embedding."""
-        weight = self._checkpoint.take(f"{module}.weight", dtype=self._dtype)
-        both = self._platform.pack_tied(weight)
-        self._checkpoint.release()
-        return both
-
-    def adapted(self, prefix: str, *modules: str, bias: bool = False) -> AdaptedLinear:
-        """As `linear`, and open to LoRA adapters; note where each projection ends up."""
-        layer = AdaptedLinear(self.linear(prefix, *modules, bias=bias), self.step_adapters)
-        start = 0
-        for module in modules:
-            rows, columns = self._checkpoint.shape(f"{prefix}{module}.weight")
-            outputs = slice(start, start + rows)
-            self.projections[f"{prefix}{module}"] = Projection(layer, outputs, columns)
-            start += rows
-        return layer
+def gated_mlp_shapes(
+    prefix: str, hidden: int, inner: int, bias: bool = False, names: Sequence[str] = GATED_MLP
+) -> Shapes:
+    """`names`: of gate, up and down."""
+    gate, up, down = (f"{prefix}{name}" for name in names)
+    return {
+        **linear_shapes(gate, inner, hidden, bias),
+        **linear_shapes(up, inner, hidden, bias),
+        **linear_shapes(down, hidden, inner, bias),
+    }
 
 
 class HeadNorms:
@@ -149,24 +97,39 @@ class SelfAttention:
 
 
 class GatedMlp:
-    def __init__(self, config: DecoderConfig, reader: WeightReader, prefix: str) -> None:
-        """`prefix`: of the layer."""
+    def __init__(self, reader: WeightReader, prefix: str, bias: bool = False) -> None:
+        """`prefix`: of its own."""
         self._ops = reader.row_ops
-        self._gate_up = reader.adapted(prefix, *_GATE_UP, bias=config.mlp_bias)
-        self._down = reader.adapted(f"{prefix}mlp.", "down_proj", bias=config.mlp_bias)
+        self._gate_up = reader.adapted(prefix, "gate_proj", "up_proj", bias=bias)
+        self._down = reader.adapted(prefix, "down_proj", bias=bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""
         return self._down(self._ops.silu_mul(self._gate_up(x)))
 
 
+class Attention(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: AttentionBackend,
+        k_cache: KvPages,
+        v_cache: KvPages,
+    ) -> Tensor:
+        """x: [T, hidden], normalised -> [T, hidden]."""
+
+
+Mlp = Callable[[Tensor], Tensor]  # [T, hidden] -> [T, hidden]
+
+
 class DecoderLayer:
-    def __init__(self, config: DecoderConfig, reader: WeightReader, prefix: str) -> None:
-        eps = config.rms_norm_eps
-        self._input_norm = reader.norm(prefix, "input_layernorm", _QKV, eps)
-        self._attention = SelfAttention(config, reader, prefix)
-        self._mlp_norm = reader.norm(prefix, "post_attention_layernorm", _GATE_UP, eps)
-        self._mlp = GatedMlp(config, reader, prefix)
+    def __init__(self, input_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: Mlp) -> None:
+        self._input_norm = input_norm
+        self._attention = attention
+        self._mlp_norm = mlp_norm
+        self._mlp = mlp
 
     def forward(
         self,
@@ -198,7 +161,7 @@ class LlamaForCausalLM:
         max_seq_len: int,
         progress: Callable[[float], None],
     ) -> None:
-        self._rotary = RotaryTable(config.rope, config.head_dim, max_seq_len, dtype, platform.device)
+        self._rotary = RotaryTable(config.rope, config.rotary_dim, max_seq_len, dtype, platform.device)
         reader = WeightReader(checkpoint, platform, dtype)
         # the largest tensor comes first: while it is packed there is little else in memory
         self._embed: Lookup
@@ -210,47 +173,87 @@ class LlamaForCausalLM:
             self._head = reader.linear("", HEAD)
         self._layers = []
         for index in range(config.num_layers):
-            self._layers.append(DecoderLayer(config, reader, f"model.layers.{index}."))
+            self._layers.append(self.make_layer(config, reader, index))
             progress((index + 1) / (config.num_layers + 1))
         self.projections, self.step_adapters = reader.projections, reader.step_adapters
         self._final_norm = Norm(reader.plain(_FINAL_NORM), None, config.rms_norm_eps, platform.row_ops)
         progress(1.0)
 
+    # -- what other families have otherwise -----------------------------------------------------------
+
     parse_config = staticmethod(parse_llama)
 
     @staticmethod
-    def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-        hidden, inner = config.hidden_size, config.intermediate_size
+    def attention_inputs(config: DecoderConfig) -> Sequence[str]:
+        """The linear layers behind the first norm of a layer."""
+        return _QKV
+
+    @staticmethod
+    def mlp_inputs(config: DecoderConfig, index: int) -> Sequence[str]:
+        """The linear layers behind the second norm of layer `index`."""
+        return _GATE_UP
+
+    @staticmethod
+    def make_attention(config: DecoderConfig, reader: WeightReader, prefix: str) -> Attention:
+        """`prefix`: of the layer."""
+        return SelfAttention(config, reader, prefix)
+
+    @staticmethod
+    def make_mlp(config: DecoderConfig, reader: WeightReader, index: int) -> Mlp:
+        return GatedMlp(reader, f"model.layers.{index}.mlp.", config.mlp_bias)
+
+    @staticmethod
+    def attention_shapes(config: DecoderConfig) -> Shapes:
+        """Tensors of a layer's attention, by their names within the layer."""
+        hidden = config.hidden_size
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        linears = {
-            "self_attn.q_proj": (q_size, hidden, config.qkv_bias),
-            "self_attn.k_proj": (kv_size, hidden, config.qkv_bias),
-            "self_attn.v_proj": (kv_size, hidden, config.qkv_bias),
-            "self_attn.o_proj": (hidden, q_size, config.output_bias),
-            "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-            "mlp.up_proj": (inner, hidden, config.mlp_bias),
-            "mlp.down_proj": (hidden, inner, config.mlp_bias),
+        norms = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ()
+        return {
+            **linear_shapes("self_attn.q_proj", q_size, hidden, config.qkv_bias),
+            **linear_shapes("self_attn.k_proj", kv_size, hidden, config.qkv_bias),
+            **linear_shapes("self_attn.v_proj", kv_size, hidden, config.qkv_bias),
+            **linear_shapes("self_attn.o_proj", hidden, q_size, config.output_bias),
+            **{f"{name}.weight": (config.head_dim,) for name in norms},
         }
-        shapes: dict[str, tuple[int, ...]] = {
+
+    @staticmethod
+    def mlp_shapes(config: DecoderConfig, index: int) -> Shapes:
+        """As `attention_shapes`, of the MLP of layer `index`."""
+        return gated_mlp_shapes("mlp.", config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+    # -- what all of them have ------------------------------------------------------------------------
+
+    @classmethod
+    def make_layer(cls, config: DecoderConfig, reader: WeightReader, index: int) -> DecoderLayer:
+        prefix, eps = f"model.layers.{index}.", config.rms_norm_eps
+        return DecoderLayer(
+            reader.norm(prefix, "input_layernorm", cls.attention_inputs(config), eps),
+            cls.make_attention(config, reader, prefix),
+            reader.norm(prefix, "post_attention_layernorm", cls.mlp_inputs(config, index), eps),
+            cls.make_mlp(config, reader, index),
+        )
+
+    @classmethod
+    def tensor_shapes(cls, config: DecoderConfig) -> Shapes:
+        hidden = config.hidden_size
+        shapes: Shapes = {
             f"{EMBEDDING}.weight": (config.vocab_size, hidden),
             f"{_FINAL_NORM}.weight": (hidden,),
         }
         if not config.tie_word_embeddings:
             shapes[f"{HEAD}.weight"] = (config.vocab_size, hidden)
         for index in range(config.num_layers):
-            prefix = f"model.layers.{index}."
-            shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-            shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-            for name, (rows, columns, bias) in linears.items():
-                shapes[f"{prefix}{name}.weight"] = (rows, columns)
-                if bias:
-                    shapes[f"{prefix}{name}.bias"] = (rows,)
-            for name in ("q_norm", "k_norm") if config.qk_norm else ():
-                shapes[f"{prefix}self_attn.{name}.weight"] = (config.head_dim,)
+            shapes |= cls._layer_shapes(config, index)
         return shapes
 
-    @staticmethod
-    def ignorable_tensors(config: DecoderConfig) -> frozenset[str]:
+    @classmethod
+    def _layer_shapes(cls, config: DecoderConfig, index: int) -> Shapes:
+        norms = {f"{name}.weight": (config.hidden_size,) for name in _NORMS}
+        of_layer = {**norms, **cls.attention_shapes(config), **cls.mlp_shapes(config, index)}
+        return {f"model.layers.{index}.{name}": shape for name, shape in of_layer.items()}
+
+    @classmethod
+    def ignorable_tensors(cls, config: DecoderConfig) -> frozenset[str]:
         # older exports stored what is computed here, and tied heads twice
         names = {f"model.layers.{index}.self_attn.rotary_emb.inv_freq" for index in range(config.num_layers)}
         if config.tie_word_embeddings:

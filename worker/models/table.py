@@ -21,9 +21,17 @@ class Family(NamedTuple):
 
 MODELS: dict[str, Family] = {
     "LlamaForCausalLM": Family("worker.models.llama", "LlamaForCausalLM", configs.parse_llama),
+    "DeepseekV2ForCausalLM": Family(
+        "worker.models.deepseek", "DeepseekV2ForCausalLM", configs.parse_deepseek_v2
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        "worker.models.deepseek", "DeepseekV3ForCausalLM", configs.parse_deepseek_v3
+    ),
     "MistralForCausalLM": Family("worker.models.mistral", "MistralForCausalLM", configs.parse_mistral),
+    "MixtralForCausalLM": Family("worker.models.sparse", "MixtralForCausalLM", configs.parse_mixtral),
     "Qwen2ForCausalLM": Family("worker.models.qwen2", "Qwen2ForCausalLM", configs.parse_qwen2),
     "Qwen3ForCausalLM": Family("worker.models.qwen3", "Qwen3ForCausalLM", configs.parse_qwen3),
+    "Qwen3MoeForCausalLM": Family("worker.models.sparse", "Qwen3MoeForCausalLM", configs.parse_qwen3_moe),
 }
 GENERIC = Family("worker.models.generic", "GenericCausalLM", configs.parse_generic)
 _DECODERS = ("ForCausalLM", "LMHeadModel")  # how transformers ends the names of what may be one
