@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the packages beside this folder
+from scripts.random_tokenizer import CHAT_TEMPLATE, END_OF_TEXT, FIRST_WORD, SPECIAL_TOKENS, tokenizer_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -30,10 +33,34 @@ FILE_MODE = 0o640
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a Llama or Qwen2 decoder."""
+class Experts:
+    """In place of the MLP, but for the first `dense` layers."""
 
-    family: str  # "llama" or "qwen2"; the latter has biases on queries, keys and values
+    number: int
+    per_token: int
+    intermediate: int
+    dense: int = 0
+    shared: int = 0
+    groups: int = 1
+    groups_per_token: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """In place of keys and values."""
+
+    q_rank: int | None
+    kv_rank: int
+    plain: int
+    rotary: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a decoder."""
+
+    family: str  # of FAMILIES
     layers: int
     hidden: int
     heads: int
@@ -44,11 +71,39 @@ class Shape:
     rope_theta: float = 10000.0
     eps: float = 1e-5
     positions: int = 8192
+    head_size: int | None = None  # None: hidden / heads
+    experts: Experts | None = None
+    latent: Latent | None = None
 
     @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.head_size or self.hidden // self.heads
 
+
+# family -> its entries of config.json that are no sizes
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "use_sliding_window": False,
+        "norm_topk_prob": True,
+    },
+    "deepseek_v2": {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+        "topk_method": "group_limited_greedy", "scoring_func": "softmax", "norm_topk_prob": False,
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid", "norm_topk_prob": True,
+    },
+}  # fmt: skip
+
+_SMALL_EXPERTS = Experts(8, 2, 96)
+_SMALL_LATENT = Latent(48, 32, 16, 16, 16)
+_DEEP_EXPERTS = Experts(8, 2, 96, dense=1, shared=1, groups=4, groups_per_token=2)
 
 SHAPES = {
     "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 4864, 151936, True, 1e6, 1e-6, 32768),
@@ -56,6 +111,29 @@ SHAPES = {
     # next to nothing to compute: what is left is what the server itself costs
     "tiny64": Shape("qwen2", 2, 64, 4, 2, 256, 2048, True),
     "llama-tiny": Shape("llama", 3, 96, 6, 3, 256, 2048, False),
+    "qwen3-0.6b": Shape("qwen3", 28, 1024, 16, 8, 3072, 151936, True, 1e6, 1e-6, 40960, head_size=128),
+    "mistral-tiny": Shape("mistral", 3, 96, 6, 3, 256, 2048, False),
+    "qwen3-tiny": Shape("qwen3", 3, 96, 6, 3, 256, 2048, True, eps=1e-6, head_size=32),
+    "mixtral-tiny": Shape("mixtral", 3, 96, 6, 3, 128, 2048, False, experts=Experts(8, 2, 128)),
+    "qwen3-moe-tiny": Shape(
+        "qwen3_moe", 3, 96, 6, 3, 256, 2048, False, eps=1e-6, head_size=32, experts=_SMALL_EXPERTS
+    ),
+    "deepseek-v2-tiny": Shape(
+        "deepseek_v2",
+        3,
+        96,
+        6,
+        6,
+        256,
+        2048,
+        False,
+        eps=1e-6,
+        experts=_DEEP_EXPERTS,
+        latent=Latent(None, 32, 16, 16, 16),
+    ),
+    "deepseek-v3-tiny": Shape(
+        "deepseek_v3", 3, 96, 6, 6, 256, 2048, False, eps=1e-6, experts=_DEEP_EXPERTS, latent=_SMALL_LATENT
+    ),
 }
 
 # --- weights ---------------------------------------------------------------------------------------------
@@ -88,20 +166,16 @@ def tensors(
         rows[:FIRST_WORD] *= UNWANTED_GAIN
         return rows
 
-    hidden, query, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    fan_in = hidden**-0.5
+    hidden = shape.hidden
     yield "model.embed_tokens.weight", table()
     for layer in range(shape.layers):
         at = f"model.layers.{layer}"
-        projections = {"q": (query, QUERY_KEY_GAIN), "k": (kv, QUERY_KEY_GAIN), "v": (kv, 1.0)}
-        for name, (rows, gain) in projections.items():
-            yield f"{at}.self_attn.{name}_proj.weight", normal(gain * fan_in, rows, hidden)
-            if shape.family == "qwen2":
-                yield f"{at}.self_attn.{name}_proj.bias", normal(BIAS_STD, rows)
-        yield f"{at}.self_attn.o_proj.weight", normal(ATTENTION_GAIN * query**-0.5, hidden, query)
-        yield f"{at}.mlp.gate_proj.weight", normal(fan_in, shape.intermediate, hidden)
-        yield f"{at}.mlp.up_proj.weight", normal(fan_in, shape.intermediate, hidden)
-        yield f"{at}.mlp.down_proj.weight", normal(shape.intermediate**-0.5, hidden, shape.intermediate)
+        parts = (
+            _attention(shape, f"{at}.self_attn", normal),
+            _mlps(shape, at, layer, normal),
+        )
+        for part in parts:
+            yield from part
         yield f"{at}.input_layernorm.weight", torch.ones(hidden, dtype=dtype)
         yield f"{at}.post_attention_layernorm.weight", torch.ones(hidden, dtype=dtype)
     yield "model.norm.weight", torch.ones(hidden, dtype=dtype)
@@ -109,101 +183,126 @@ def tensors(
         yield "lm_head.weight", table()
 
 
+Normal = Callable[..., Tensor]  # (std, *size) -> random numbers
+
+
+def _attention(shape: Shape, at: str, normal: Normal) -> Iterator[tuple[str, Tensor]]:
+    hidden, query, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    fan_in = hidden**-0.5
+    if shape.latent is not None:
+        yield from _latent_attention(shape, shape.latent, at, normal)
+        return
+    projections = {"q": (query, QUERY_KEY_GAIN), "k": (kv, QUERY_KEY_GAIN), "v": (kv, 1.0)}
+    for name, (rows, gain) in projections.items():
+        yield f"{at}.{name}_proj.weight", normal(gain * fan_in, rows, hidden)
+        if shape.family == "qwen2":
+            yield f"{at}.{name}_proj.bias", normal(BIAS_STD, rows)
+    yield f"{at}.o_proj.weight", normal(ATTENTION_GAIN * query**-0.5, hidden, query)
+    if shape.family in ("qwen3", "qwen3_moe"):
+        for name in ("q_norm", "k_norm"):
+            yield f"{at}.{name}.weight", torch.full_like(normal(1.0, shape.head_dim), QUERY_KEY_GAIN)
+
+
+def _latent_attention(shape: Shape, latent: Latent, at: str, normal: Normal) -> Iterator[tuple[str, Tensor]]:
+    hidden, heads = shape.hidden, shape.heads
+    query, values = heads * (latent.plain + latent.rotary), heads * latent.value
+    if latent.q_rank is None:
+        yield f"{at}.q_proj.weight", normal(QUERY_KEY_GAIN * hidden**-0.5, query, hidden)
+    else:
+        yield f"{at}.q_a_proj.weight", normal(hidden**-0.5, latent.q_rank, hidden)
+        yield f"{at}.q_a_layernorm.weight", torch.ones_like(normal(1.0, latent.q_rank))
+        yield f"{at}.q_b_proj.weight", normal(QUERY_KEY_GAIN * latent.q_rank**-0.5, query, latent.q_rank)
+    yield (
+        f"{at}.kv_a_proj_with_mqa.weight",
+        normal(hidden**-0.5, latent.kv_rank + latent.rotary, hidden),
+    )
+    yield f"{at}.kv_a_layernorm.weight", torch.ones_like(normal(1.0, latent.kv_rank))
+    rows = heads * (latent.plain + latent.value)
+    yield f"{at}.kv_b_proj.weight", normal(QUERY_KEY_GAIN * latent.kv_rank**-0.5, rows, latent.kv_rank)
+    yield f"{at}.o_proj.weight", normal(ATTENTION_GAIN * values**-0.5, hidden, values)
+
+
+def _mlps(shape: Shape, at: str, layer: int, normal: Normal) -> Iterator[tuple[str, Tensor]]:
+    """The MLP of a layer, or its router and experts."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    experts = shape.experts
+    if experts is None or layer < experts.dense:
+        yield from _gated_mlp(f"{at}.mlp", names, shape.hidden, shape.intermediate, normal)
+        return
+    block = "block_sparse_moe" if shape.family == "mixtral" else "mlp"
+    yield f"{at}.{block}.gate.weight", normal(shape.hidden**-0.5, experts.number, shape.hidden)
+    if shape.family == "deepseek_v3":
+        correction = normal(BIAS_STD, experts.number).float()
+        yield f"{at}.{block}.gate.e_score_correction_bias", correction
+    for number in range(experts.number):
+        of_expert = ("w1", "w3", "w2") if shape.family == "mixtral" else names
+        place = f"{at}.{block}.experts.{number}"
+        yield from _gated_mlp(place, of_expert, shape.hidden, experts.intermediate, normal)
+    if experts.shared:
+        inner = experts.shared * experts.intermediate
+        yield from _gated_mlp(f"{at}.{block}.shared_experts", names, shape.hidden, inner, normal)
+
+
+def _gated_mlp(
+    at: str, names: Sequence[str], hidden: int, inner: int, normal: Normal
+) -> Iterator[tuple[str, Tensor]]:
+    gate, up, down = names
+    yield f"{at}.{gate}.weight", normal(hidden**-0.5, inner, hidden)
+    yield f"{at}.{up}.weight", normal(hidden**-0.5, inner, hidden)
+    yield f"{at}.{down}.weight", normal(inner**-0.5, hidden, inner)
+
+
 def model_config(shape: Shape, dtype: str) -> dict[str, Any]:
     """config.json."""
-    specific: dict[str, Any] = (
-        {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
-        if shape.family == "qwen2"
-        else {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False}
+    return (
+        FAMILIES[shape.family]
+        | _special_sizes(shape)
+        | {
+            "hidden_act": "silu",
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "max_position_embeddings": shape.positions,
+            "rms_norm_eps": shape.eps,
+            "rope_theta": shape.rope_theta,
+            "tie_word_embeddings": shape.tied,
+            "vocab_size": shape.vocab,
+            "bos_token_id": None,
+            "eos_token_id": SPECIAL_TOKENS.index(END_OF_TEXT),
+            "torch_dtype": dtype,
+        }
     )
-    return specific | {
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "max_position_embeddings": shape.positions,
-        "rms_norm_eps": shape.eps,
-        "rope_theta": shape.rope_theta,
-        "tie_word_embeddings": shape.tied,
-        "vocab_size": shape.vocab,
-        "bos_token_id": None,
-        "eos_token_id": SPECIAL_TOKENS.index(END_OF_TEXT),
-        "torch_dtype": dtype,
-    }
 
 
-# --- tokenizer -------------------------------------------------------------------------------------------
-
-END_OF_TEXT, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-FIRST_WORD = len(SPECIAL_TOKENS) + 256
-SPACE = "Ġ"  # how byte-level vocabularies write a space
-
-SYLLABLES = tuple(consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou")
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def byte_letters() -> list[str]:
-    """The printable letter that stands for each byte in byte-level vocabularies.
-
-    Printable bytes of Latin-1 stand for themselves, the others for the letters from 256 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
-
-
-def word(number: int) -> str:
-    """A word of three syllables, another one for each number below 343,000."""
-    base = len(SYLLABLES)
-    return SYLLABLES[number % base] + SYLLABLES[number // base % base] + SYLLABLES[number // base**2]
-
-
-def tokenizer_json(vocab_size: int) -> dict[str, Any]:
-    """A byte-level tokenizer with exactly `vocab_size` ids: special tokens, bytes, then words with a space.
-
-    It has no merges: a known word is one token, anything else is spelled out in bytes.
-    """
-    if not FIRST_WORD < vocab_size <= FIRST_WORD + len(SYLLABLES) ** 3:
-        raise ValueError(f"no tokenizer of {vocab_size} ids")
-    words = (SPACE + word(number) for number in range(vocab_size - FIRST_WORD))
-    names = [*SPECIAL_TOKENS, *byte_letters(), *words]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": index, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": True,
+def _special_sizes(shape: Shape) -> dict[str, Any]:
+    """Of heads, experts and latent vectors, where a family has them."""
+    sizes: dict[str, Any] = {"head_dim": shape.head_size} if shape.head_size else {}
+    if (experts := shape.experts) is not None:
+        number = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
+        sizes |= {
+            number.get(shape.family, "n_routed_experts"): experts.number,
+            "num_experts_per_tok": experts.per_token,
+            "moe_intermediate_size": experts.intermediate,
+        }
+        if shape.family.startswith("deepseek"):
+            sizes |= {
+                "n_shared_experts": experts.shared,
+                "first_k_dense_replace": experts.dense,
+                "n_group": experts.groups,
+                "topk_group": experts.groups_per_token,
+                "routed_scaling_factor": 1.0,
             }
-            for index, name in enumerate(SPECIAL_TOKENS)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {name: index for index, name in enumerate(names)},
-            "merges": [],
-        },
-    }  # fmt: skip
+    if (latent := shape.latent) is not None:
+        sizes |= {
+            "q_lora_rank": latent.q_rank,
+            "kv_lora_rank": latent.kv_rank,
+            "qk_nope_head_dim": latent.plain,
+            "qk_rope_head_dim": latent.rotary,
+            "v_head_dim": latent.value,
+        }
+    return sizes
 
 
 # --- writing ---------------------------------------------------------------------------------------------

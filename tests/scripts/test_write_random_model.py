@@ -33,7 +33,7 @@ def _load() -> ModuleType:
 
 
 script = _load()
-SMALL = ("tiny64", "llama-tiny")
+SMALL = ("tiny64", "llama-tiny", "qwen3-moe-tiny", "deepseek-v3-tiny")
 
 
 @pytest.fixture(scope="module", params=SMALL)
