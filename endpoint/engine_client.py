@@ -19,6 +19,7 @@ import zmq
 
 from endpoint.bounds import Bounds
 from endpoint.flights import Flight, Part, PromptRow, Token
+from endpoint.instance_choice import InstanceChoice
 from endpoint.instance_link import InstanceLink, LinkEnds
 from endpoint.metadata import Occupancy
 from engine import errors
@@ -64,7 +65,7 @@ _RECORDS_PER_TURN = 8  # of the token ring; each is a few milliseconds at most
 
 
 class EngineClient:
-    """Submits requests to the least loaded instance and hands every token row to its flight.
+    """Submits requests to one instance or another and hands every token row to its flight.
 
     Lives on the event loop's thread; nothing here blocks. Its instances are opened and closed as the parent
     says.
@@ -76,16 +77,19 @@ class EngineClient:
         context: zmq.Context[zmq.Socket[bytes]],
         wanted_adapters: Callable[[Mapping[str, str]], Mapping[str, str]],
         on_serving: Callable[[int, int], None],
+        choice: InstanceChoice,
     ) -> None:
         """`failure` ends with an exception when what came from an engine cannot be understood.
 
         `wanted_adapters`: name and directory of the adapters an instance has -> of those it has to have.
-        `on_serving(instance, generation)` is called when an instance takes requests.
+        `on_serving(instance, generation)` is called when an instance takes requests. `choice`: of an instance
+        for each prompt.
         """
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._links = [InstanceLink(wire, context) for wire in wires]
         self._wanted_adapters = wanted_adapters
         self._on_serving = on_serving
+        self._choice = choice
         self._parts: dict[int, Part] = {}  # by request id
         self._parked: list[Part] = []  # between two instances
         self._given_up: set[int] = set()  # instances that do not come back
@@ -307,7 +311,7 @@ class EngineClient:
         token_limit_s: float,
         cache_salt: bytes = b"",
     ) -> Flight:
-        """Send the prompts of a request on their way, each to the instance with the least to do.
+        """Send the prompts of a request on their way, each to the instance that InstanceChoice names.
 
         All have as many branches. `cache_salt`: see Submit. Raises ServiceUnavailable when no instance can
         take one of them; the others are then aborted.
@@ -348,16 +352,16 @@ class EngineClient:
         await self._send(part)
 
     async def _send(self, part: Part) -> None:
-        """Put a part on its way to the instance with the least to do; with none there, it waits for one."""
-        while (link := min(filter(_serves, self._links), key=_load, default=None)) is not None:
-            link.num_parts += 1  # while it waits for the lock as well: others are to see it
+        """Put a part on its way to an instance; with none there, it waits for one."""
+        while (chosen := self._choice.choose(self._links, part)) is not None:
+            link, part.place = chosen  # while it waits for the lock as well: others are to see it
             try:
                 async with link.prompt_lock:
                     if part.over or await self._write(part, link):
                         return
             finally:
                 if part.link is not link:
-                    link.num_parts -= 1
+                    part.leave_place()
         self._park(part)
 
     async def _write(self, part: Part, link: InstanceLink) -> bool:
@@ -413,7 +417,7 @@ class EngineClient:
         if part.link is None:
             return False
         del self._parts[part.request_id]
-        part.link.num_parts -= 1
+        part.leave_place()
         part.link = None
         return True
 
@@ -452,6 +456,8 @@ class EngineClient:
             if row.rank:
                 part.prompt_rows.append(PromptRow(row.token, row.logprob, row.rank, row.top))
                 continue
+            if (place := part.place) is not None and place.owed_tokens:
+                place.note_begun()
             if row.preemptions != part.preemptions:
                 flight.note_preemptions(part, row.preemptions, row.queue_wait_us)
             if row.cached_tokens:
@@ -498,16 +504,8 @@ class EngineClient:
                 log.warning("unexpected %s on the event channel", type(message).__name__)
 
 
-def _serves(link: InstanceLink) -> bool:
-    return link.serving
-
-
-def _load(link: InstanceLink) -> int:
-    return link.num_parts
-
-
 def _occupancy(link: InstanceLink) -> Occupancy:
-    total = link.ready.num_blocks if link.ready and link.serving else 0
+    total = link.total_blocks if link.serving else 0
     if link.stats is None:  # nothing has run yet
         return Occupancy(0, 0, 0, total, total)
     stats = link.stats

@@ -18,6 +18,7 @@ from engine.sampling_params import SamplingParams
 from engine.wire.messages import ENDED
 
 if TYPE_CHECKING:
+    from endpoint.instance_choice import Place
     from endpoint.instance_link import InstanceLink
 
 
@@ -65,6 +66,18 @@ class Part:
     request_id: int = 0  # where it is now; another one in every instance
     link: InstanceLink | None = None  # None: it waits for an instance
     crashes: int = 0  # of instances it was in
+    place: Place | None = None  # in the instance it is in, or on its way to
+    digests: tuple[int, ...] | None = None  # of its prompt's blocks, for the choice of an instance; see there
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and what its answers have so far."""
+        return len(self.prompt) + sum(map(len, self.outputs))
+
+    def leave_place(self) -> None:
+        if self.place is not None:
+            self.place.leave()
+            self.place = None
 
     @property
     def all_ended(self) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import zmq
 
+from endpoint.instance_choice import Burden
 from engine.wire.channel import Channel
 from engine.wire.links import InstanceWire
 from engine.wire.messages import EngineReady, EngineStats, Message
@@ -36,10 +37,11 @@ class InstanceLink:
         self.serving = False  # it has greeted, and has the adapters it should have
         self.stats: EngineStats | None = None
         self.adapter_waits: dict[str, asyncio.Future[str]] = {}  # by adapter: the answer that is awaited
-        self.num_parts = 0  # in flight
+        self.burden = Burden()
 
     def open(self, generation: int) -> LinkEnds:
         self.generation = generation
+        self.burden.forget_blocks()
         self.ends = LinkEnds(
             Channel(self._context, zmq.PUSH, self.wire.command_address(generation)),
             Channel(self._context, zmq.PULL, self.wire.event_address(generation), bind=True),
@@ -50,3 +52,13 @@ class InstanceLink:
 
     def send(self, message: Message) -> bool:
         return self.ends is not None and self.ends.commands.send(message)
+
+    @property
+    def total_blocks(self) -> int:
+        """Of its cache; 0 before its first greeting."""
+        return self.ready.num_blocks if self.ready is not None else 0
+
+    @property
+    def free_blocks(self) -> int:
+        """As last told, at most a second ago."""
+        return self.stats.free_blocks if self.stats is not None else self.total_blocks

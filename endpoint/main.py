@@ -25,6 +25,7 @@ from endpoint.context import EndpointContext
 from endpoint.control_guard import ControlGuard
 from endpoint.engine_client import EngineClient
 from endpoint.grammars import GrammarChecker
+from endpoint.instance_choice import InstanceChoice
 from endpoint.listeners import Listeners
 from endpoint.live_tls import LiveTls
 from endpoint.management import ManagementPlane
@@ -88,7 +89,15 @@ class _Endpoint:
         self._drain: asyncio.Future[float] = loop.create_future()
         self._control = given.control.channel
         self._engine = self._management.engine = EngineClient(
-            given.wires, given.control.context, lambda has: self._adapters.wanted(has), self._on_serving
+            given.wires,
+            given.control.context,
+            lambda has: self._adapters.wanted(has),
+            self._on_serving,
+            InstanceChoice(
+                given.schedule.block_size,
+                given.schedule.max_batch_size,
+                prefix_cache=given.schedule.prefix_cache,
+            ),
         )
         self._trials = self._management.trials = Trials(self._engine)
         self._adapters = self._management.adapters = AdapterRegistry(

@@ -125,3 +125,38 @@ def test_answers_are_those_of_neither_and_hits_are_told(make_daemon: MakeDaemon)
         found["npu_prefix_cache_hit_rate"] == found["npu_radix_match_hit_num"] / found["all_radix_match_num"]
     )
     assert found["npu_cache_usage_perc"] == 0, "what is kept for others counts as free"
+
+
+def test_two_instances_keep_together_what_begins_alike(make_daemon: MakeDaemon) -> None:
+    """Even where one of them answers somebody and the other one idles, if the beginning is worth it."""
+    two: Json = {
+        "modelInstanceNumber": 2,
+        "npuDeviceIds": [[0], [1]],
+        "ModelDeployConfig": {"maxSeqLen": 1024, "maxInputTokenLen": 800},
+        "ScheduleConfig": {"maxPrefillTokens": 1024, "maxIterTimes": 200},
+    }
+    daemon = (
+        make_daemon(merge(configuration("prefix_cache", 200), {"BackendConfig": two})).start().wait_ready()
+    )
+    beginnings = [[(start + 7 * id) % 200 + 5 for id in range(40 * BLOCK)] for start in (0, 100)]
+
+    def ask(text: int, end: int) -> int:
+        return cached(complete(daemon, [*beginnings[text], end], max_tokens=1)[0])
+
+    assert [ask(0, 50), ask(1, 51)] == [0, 0]
+    endless = {
+        "max_tokens": 200,
+        "ignore_eos": True,
+        "stream": True,
+        "model": "mindie-tiny",
+        "temperature": 0,
+    }
+    connection = daemon.connect()
+    body = json.dumps({**endless, "prompt": [*beginnings[0], 52]}).encode()
+    connection.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {KEYS[0]}"})
+    stream = connection.getresponse()
+    assert stream.readline().startswith(b"data:")  # it decodes now, and nobody reads further
+    assert [ask(0, 53), ask(1, 54), ask(0, 55)] == [40 * BLOCK] * 3
+    stream.read()
+    connection.close()
+    assert daemon.stop() == 0

@@ -14,6 +14,7 @@ import zmq
 
 from endpoint.engine_client import EngineClient
 from endpoint.flights import Flight, Token
+from endpoint.instance_choice import InstanceChoice
 from engine.errors import EngineFailed, GenerationRefused, ServerError, ServiceUnavailable
 from engine.outcome import FinishCode, Outcome
 from engine.sampling_params import SamplingParams
@@ -25,6 +26,7 @@ from engine.wire.ring import RingReader, RingWriter, create_ring
 
 SLOTS = 3
 SLOT_TOKENS = 64
+BLOCK = 16
 HALF_BLOCKS = 7
 
 
@@ -127,6 +129,7 @@ def run(
     work: Callable[..., Awaitable[None]],
     instances: int = 1,
     wanted: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda has: has,
+    prefix_cache: bool = False,
 ) -> None:
     """`work(client, engines)`, or with a third parameter `parent`. `wanted`: of the adapters."""
 
@@ -142,7 +145,8 @@ def run(
     async def all_of_it() -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         wires = [wire(number) for number in range(instances)]
-        client = EngineClient(wires, context, wanted, lambda *_: None)
+        choice = InstanceChoice(BLOCK, 200, prefix_cache=prefix_cache)
+        client = EngineClient(wires, context, wanted, lambda *_: None, choice)
         engines = [Engine(wire, context) for wire in wires]
         for number in range(instances):
             client.open_instance(number, 0)
@@ -216,6 +220,37 @@ def test_parts_are_spread_over_instances(tmp_path: Path) -> None:
             assert {request for request, _ in engine.aborted} == set(engine.seen)
 
     run(tmp_path, work, instances=2)
+
+
+def test_a_prompt_goes_where_its_beginning_is_cached_until_that_instance_is_replaced(tmp_path: Path) -> None:
+    beginnings = {text: [text] * (2 * BLOCK) for text in range(2)}
+
+    async def ask(client: EngineClient, engines: list[Engine], text: int, end: int) -> int:
+        """The instance that answered."""
+        prompt = [*beginnings[text], end]
+        flight = await submit(client, [prompt])
+        while not (found := [e for e in engines if prompt in e.seen.values()]):
+            for engine in engines:
+                engine.receive()
+            await asyncio.sleep(0.001)
+        (engine,) = found
+        request_id = next(number for number, ids in engine.seen.items() if ids == prompt)
+        engine.say(token(request_id, 0, 7, FinishCode.EOS))
+        assert told(await flight.next()) == (0, 7)
+        client.close(flight)
+        return engine.instance
+
+    async def work(client: EngineClient, engines: list[Engine], parent: Parent) -> None:
+        asked = [(0, 50), (1, 51), (1, 52), (0, 53), (0, 54), (1, 55)]
+        homes = [await ask(client, engines, text, end) for text, end in asked]
+        assert homes == [0, 1, 1, 0, 0, 1]  # the second text takes its turn, the others follow
+        parent.kill(engines[1])
+        assert await ask(client, engines[:1], 1, 56) == 0
+        engines[1] = await parent.replace(1, 1)
+        await until(engines[1], lambda: all(link.serving for link in client._links))
+        assert await ask(client, engines, 1, 57) == 0  # its old home has forgotten everything
+
+    run(tmp_path, work, instances=2, prefix_cache=True)
 
 
 def test_a_submission_that_is_cancelled_half_way_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import zmq
 from endpoint import models_api
 from endpoint.adapters import AdapterRegistry
 from endpoint.engine_client import EngineClient
+from endpoint.instance_choice import InstanceChoice
 from endpoint.lora_api import parse_load, parse_unload
 from endpoint.protocols.adapter_choice import adapter_of_id, adapter_of_model
 from endpoint.validation import Fields
@@ -306,7 +307,9 @@ async def engine_of_two(place: Path) -> AsyncIterator[tuple[EngineClient, list[L
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         leaders = [Leader(place, number, context) for number in range(2)]
-        engine = EngineClient([leader.wire for leader in leaders], context, lambda has: has, lambda *_: None)
+        wires = [leader.wire for leader in leaders]
+        choice = InstanceChoice(128, 200, prefix_cache=False)
+        engine = EngineClient(wires, context, lambda has: has, lambda *_: None, choice)
         for leader in leaders:
             engine.open_instance(leader.wire.instance, 0)
             leader.greet()
