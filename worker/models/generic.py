@@ -32,7 +32,7 @@ from worker.platforms.base import Linear, Platform
 log = logging.getLogger("llmmodels.generic")
 
 # what a text in pieces may differ by from the whole, of the logits' length; mistakes are of order 1
-_MAX_DEVIATION = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+_MAX_DEVIATION = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 _numbers = itertools.count()
 
 
