@@ -93,7 +93,6 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2-tied": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen2-yarn": ("Qwen2", {"num_key_value_heads": 3, "rope_parameters": _YARN}),
-    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     "mistral-window": ("Mistral", {"num_key_value_heads": 3, "sliding_window": 13, "head_dim": 16}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-bias-yarn": (

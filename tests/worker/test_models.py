@@ -17,6 +17,7 @@ from tests.worker.conftest import BLOCK_SIZE, CHECKPOINTS, Harness
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 # bfloat16 has 8 significant bits, and each layer rounds a dozen times; logits here are of order 1 to 10
 ROUNDED = {"rtol": 0.05, "atol": 0.15}
+ONLY_FLOAT32 = ("qwen3-bias-yarn", "deepseek-v2-lite", "deepseek-v2")  # another is in bfloat16 for them
 SPARSE = ("mixtral", "qwen3-moe", "deepseek-v2-lite", "deepseek-v2", "deepseek-v3")
 
 Checkpoint = Callable[..., tuple[Path, Any]]
@@ -32,8 +33,13 @@ def expected_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     return model(torch.tensor([tokens])).logits[0, -1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CHECKPOINTS),
+        *((name, torch.bfloat16) for name in CHECKPOINTS if name not in ONLY_FLOAT32),
+    ],
+)
 def test_logits_of_prefill_and_decode_agree_with_transformers(
     checkpoint: Checkpoint, name: str, dtype: torch.dtype
 ) -> None:
