@@ -32,6 +32,7 @@ _MAX_BATCH = f"{SCHEDULE}.maxBatchSize"
 _DEVICES = f"{BACKEND}.npuDeviceIds"
 _WORLD = f"{MODEL}.worldSize"
 _MULTI_NODE = f"{BACKEND}.multiNodesInferEnabled"
+_DEVICE_TYPE = f"{RUNTIME}.deviceType"
 _TEMPLATE = f"{SCHEDULE}.templateType"
 
 
@@ -242,14 +243,25 @@ def _layout(values: Values, report: Report) -> None:
 def _block_size(values: Values, report: Report) -> None:
     path = f"{SCHEDULE}.cacheBlockSize"
     size = values.integer(path)
-    if size % 16 == 0:
-        return
-    if values.text(f"{RUNTIME}.deviceType") == "npu":
-        report.refuse(
-            path, size, "not a multiple of 16", "16, 32, 48, ... 128", (f"{RUNTIME}.deviceType", "npu")
-        )
-    else:
+    if size % 16 and values.text(_DEVICE_TYPE) != "npu":
         report.warn(f"{path}={size}: not a multiple of 16, which an NPU would refuse")
+
+
+# what an NPU's attention over a paged cache does not do: (key, values that it can, what to set)
+_NPU_LIMITS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    (f"{SCHEDULE}.cacheBlockSize", (128,), "128"),
+    (f"{RUNTIME}.dtype", ("auto", "bfloat16", "float16"), '"auto", "bfloat16" or "float16"'),
+    (f"{RUNTIME}.kvCacheDtype", ("auto",), '"auto"'),
+)
+
+
+def _npu(values: Values, report: Report) -> None:
+    if values.text(_DEVICE_TYPE) != "npu":
+        return
+    for path, possible, legal in _NPU_LIMITS:
+        value = values.raw(path)
+        if value not in possible:
+            report.refuse(path, value, "not possible on an NPU", legal, (_DEVICE_TYPE, "npu"))
 
 
 RULES: tuple[Rule, ...] = (
@@ -281,7 +293,8 @@ RULES: tuple[Rule, ...] = (
         ),
         _layout,
     ),
-    Rule((f"{SCHEDULE}.cacheBlockSize", f"{RUNTIME}.deviceType"), _block_size),
+    Rule((f"{SCHEDULE}.cacheBlockSize", _DEVICE_TYPE), _block_size),
+    Rule((_DEVICE_TYPE, *(path for path, _, _ in _NPU_LIMITS)), _npu),
 )
 
 

@@ -146,6 +146,8 @@ def _supervise(
     run_dir: Path,
     wakeup_fd: int,
 ) -> int:
+    # torch would import torch_npu with itself wherever that is installed, and fail with it where CANN is not
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     wires = [_make_wire(settings, name, run_dir, instance) for instance in range(len(settings.device_ids))]
     specs = plan_processes(settings)
     keepsake = Keepsake()

@@ -153,9 +153,11 @@ class ModelRunner:
     def _check_memory(self) -> None:
         """Refuse a cache that cannot fit before minutes are spent on weights.
 
-        All workers start together and none holds anything yet, so each may count on an equal share.
+        All workers start together and none holds anything yet, so each may count on an equal share of a
+        memory that all take from.
         """
-        share = self._platform.memory().available // self._num_workers
+        sharers = self._num_workers if self._platform.shares_memory else 1
+        share = self._platform.memory().available // sharers
         self._count_blocks(available_bytes=share - self.weight_bytes - self._other_bytes())
 
     @property
@@ -180,15 +182,15 @@ class ModelRunner:
 
     def _other_bytes(self) -> int:
         """What the device's memory has to hold besides weights and cache."""
-        shares_memory = self._platform.device.type == "cpu"
-        return self._activation_bytes + shares_memory * self.num_host_blocks * self.block_bytes
+        in_this_memory = self.num_host_blocks if self._platform.shares_memory else 0
+        return self._activation_bytes + in_this_memory * self.block_bytes
 
     def _count_blocks(self, available_bytes: int) -> int:
         return count_blocks(
             self._kv_spec,
             self._settings,
             self._schedule,
-            automatic_bytes=self._platform.kv_budget(self._num_workers),
+            automatic_bytes=self._platform.kv_budget(self._num_workers, self._settings.memory_fraction),
             available_bytes=available_bytes,
         )
 

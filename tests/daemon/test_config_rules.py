@@ -179,6 +179,23 @@ def test_block_size_multiple_of_16(home: Home) -> None:
     assert "cacheBlockSize=24" in home.only_finding()
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("schedule", "cacheBlockSize", 64),
+        ("runtime", "dtype", "float32"),
+        ("runtime", "kvCacheDtype", "int8"),
+    ],
+)
+def test_what_an_npu_cannot_do(home: Home, section: str, key: str, value: object) -> None:
+    members = home.schedule if section == "schedule" else home.backend.setdefault("runtimeConfig", {})
+    members[key] = value
+    home.load()
+    home.environ = {"MINDIE_DEVICE_TYPE": "npu"}
+    finding = home.only_finding()
+    assert key in finding and "NPU" in finding and "deviceType" in finding
+
+
 def test_rules_wait_for_valid_inputs(home: Home) -> None:
     home.deploy["maxInputTokenLen"] = "2048"
     home.schedule["maxPrefillTokens"] = 1

@@ -23,6 +23,7 @@ from worker.layers.linear import (
 )
 from worker.native import NativeLinear
 from worker.native.library import all_kernels
+from worker.platforms import registry
 from worker.platforms.base import Linear
 from worker.platforms.cpu import CpuPlatform
 from worker.platforms.cpu_kernels import LinearKernels, Native
@@ -42,12 +43,23 @@ def test_auto_finds_the_cpu_here() -> None:
 def test_a_named_device_that_cannot_be_used_is_refused(
     monkeypatch: pytest.MonkeyPatch, device_type: str, reason: str | None
 ) -> None:
+    monkeypatch.delitem(PLATFORMS, device_type, raising=False)
     monkeypatch.setitem(_ACCELERATORS, device_type, lambda: reason)
     with pytest.raises(StartupError) as caught:
         select_platform(device_type)
     assert caught.value.exit_code == EXIT_INIT
     assert f"{device_type} is not supported by this build yet" in str(caught.value)
     assert reason is None or reason in str(caught.value)
+
+
+def test_auto_leaves_an_npu_alone_that_has_no_driver(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch_npu may be installed in an image that also runs on machines without one."""
+    monkeypatch.setitem(_ACCELERATORS, "npu", lambda: None)
+    monkeypatch.setattr(registry, "_NODES", {"npu": "there is no such device*"})
+    assert select_platform("auto").name == "cpu"
+    assert not caplog.records
 
 
 def test_auto_takes_the_first_accelerator_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +88,9 @@ def test_auto_says_so_when_an_accelerator_lies_idle(
     known: list[str],
     warned: bool,
 ) -> None:
+    monkeypatch.setattr(registry, "_NODES", {})
     for name in ("npu", "cuda"):
+        monkeypatch.delitem(PLATFORMS, name, raising=False)
         missing = None if name in present else "no driver"
         monkeypatch.setitem(_ACCELERATORS, name, lambda missing=missing: missing)
     for name in known:
@@ -198,8 +212,8 @@ def test_the_real_machine_has_memory() -> None:
 def test_workers_share_the_automatic_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = CpuPlatform()
     monkeypatch.setattr(platform, "memory", lambda: MemoryInfo(available=800 * MIB, total=1000 * MIB))
-    assert platform.kv_budget(1) == 200 * MIB
-    assert platform.kv_budget(2) == 100 * MIB
+    assert platform.kv_budget(1, memory_fraction=0.8) == 200 * MIB
+    assert platform.kv_budget(2, memory_fraction=0.8) == 100 * MIB
 
 
 # sums of 40 products: float32 differs in the last bits, bfloat16 by one rounding of a result of order 10

@@ -10,6 +10,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "cpu_paged": ("worker.attention.cpu_paged", "CpuPagedAttention"),
     "cpu_native": ("worker.attention.cpu_native", "CpuNativeAttention"),
     "cpu_invariant": ("worker.attention.cpu_invariant", "CpuInvariantAttention"),
+    "npu": ("worker.attention.npu", "NpuAttention"),
     "reference": ("worker.attention.reference", "ReferenceAttention"),
 }
 

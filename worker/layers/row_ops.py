@@ -16,7 +16,10 @@ class RowOps(Protocol):
     """A row's bits depend on that row alone."""
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """Adds delta to x in place, then normalises: x, delta: [T, hidden], dense; weight: [hidden]."""
+        """Adds delta to x in place, then normalises: x, delta: [T, hidden], dense; weight: [hidden].
+
+        x may be in other memory afterwards: only who holds this very tensor sees the sum, no view of it.
+        """
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up: [T, 2 * intermediate], dense, gate first -> [T, intermediate]."""
@@ -26,6 +29,11 @@ class RowOps(Protocol):
 
         -> the first `count` heads of each token rotated, perhaps in place.
         """
+
+    def rotate_apart(
+        self, heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `rotate`, of queries and the keys behind them -> both, [T, their heads, head_dim]."""
 
 
 class TorchRowOps:
@@ -39,6 +47,12 @@ class TorchRowOps:
 
     def rotate(self, heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> Tensor:
         return apply_rotary(heads[:, :count], cos, sin)
+
+    def rotate_apart(
+        self, heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        qk = self.rotate(heads, num_heads + num_kv_heads, cos, sin)
+        return qk[:, :num_heads], qk[:, num_heads:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,8 +91,9 @@ class SelfAttention:
         heads = self._qkv(x).view(len(x), -1, self._head_dim)
         qk = heads if self._norms is None else self._norms(heads)
         # queries and keys lie side by side: one rotation for both
-        qk = self._ops.rotate(qk, self._rotated_heads, cos, sin)
-        q, k, v = qk[:, : self._num_heads], qk[:, self._num_heads :], heads[:, self._rotated_heads :]
+        kv_heads = self._rotated_heads - self._num_heads
+        q, k = self._ops.rotate_apart(qk, self._num_heads, kv_heads, cos, sin)
+        v = heads[:, self._rotated_heads :]
         return self._output(attention.forward(q, k, v, k_cache, v_cache))
 
 

@@ -47,3 +47,9 @@ class NativeRowOps:
             IS_BF16[heads.dtype],
         )
         return heads[:, :count]
+
+    def rotate_apart(
+        self, heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        qk = self.rotate(heads, num_heads + num_kv_heads, cos, sin)
+        return qk[:, :num_heads], qk[:, num_heads:]

@@ -21,6 +21,7 @@ Lookup = Callable[[Tensor], Tensor]  # int [T] -> [T, hidden]
 
 class Platform(Protocol):
     name: str
+    shares_memory: bool  # whether all workers of the machine take from one memory, which is the host's
     row_ops: RowOps
     arithmetic: StepArithmetic  # of all layers this platform packs
     enough_rows: int  # with more in a product none of them is computed sooner
@@ -42,8 +43,11 @@ class Platform(Protocol):
     def give_back_memory(self) -> None:
         """Return to the system what has been freed and kept for reuse."""
 
-    def kv_budget(self, num_workers: int) -> int:
-        """Bytes one worker may spend on its KV cache when nobody said how many; falls as memory is taken."""
+    def kv_budget(self, num_workers: int, memory_fraction: float) -> int:
+        """Bytes one worker may spend on its KV cache when nobody said how many; falls as memory is taken.
+
+        `memory_fraction`: of a device's own memory, what weights, cache and steps may take in all.
+        """
 
     def choose_kernels(self, dtype: torch.dtype) -> None:
         """Find out by measuring what computes best in `dtype`, before the first layer of it is packed."""

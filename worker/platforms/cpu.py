@@ -49,6 +49,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 class CpuPlatform:
     name = "cpu"
+    shares_memory = True
     # Products are bound by arithmetic from about 128 rows on. Prompts one after the other take as long as all
     # of them together, and half of their users need not wait for the rest.
     enough_rows = 512
@@ -91,7 +92,7 @@ class CpuPlatform:
         if trim is not None:
             trim(0)
 
-    def kv_budget(self, num_workers: int) -> int:
+    def kv_budget(self, num_workers: int, memory_fraction: float) -> int:
         return int(self.memory().available * CPU_KV_SHARE) // num_workers
 
     def choose_kernels(self, dtype: torch.dtype) -> None:

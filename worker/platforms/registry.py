@@ -6,18 +6,22 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from engine.errors import EXIT_INIT, StartupError
 from worker.platforms.base import Platform
 
 log = logging.getLogger("llm.platform")
 
-PLATFORMS: dict[str, tuple[str, str]] = {"cpu": ("worker.platforms.cpu", "CpuPlatform")}
+PLATFORMS: dict[str, tuple[str, str]] = {
+    "cpu": ("worker.platforms.cpu", "CpuPlatform"),
+    "npu": ("worker.platforms.npu", "NpuPlatform"),
+}
 
 
 def _npu_missing() -> str | None:
     if importlib.util.find_spec("torch_npu") is None:
-        return "package torch_npu is not installed"
+        return "package torch_npu is not installed; it must be of torch's version: see docs/npu.md"
     return None
 
 
@@ -31,11 +35,17 @@ def _cuda_missing() -> str | None:
 
 # in the order "auto" tries them; each says what is missing, or None
 _ACCELERATORS: dict[str, Callable[[], str | None]] = {"npu": _npu_missing, "cuda": _cuda_missing}
+# what a driver has in /dev; "auto" leaves a device alone whose package is there and whose driver is not
+_NODES = {"npu": "davinci[0-9]*"}
+
+
+def _has_driver(name: str) -> bool:
+    return name not in _NODES or any(Path("/dev").glob(_NODES[name]))
 
 
 def _best_platform() -> str:
     """The first accelerator that is there and known; else the CPU, with a warning when one lies idle."""
-    usable = [name for name, missing in _ACCELERATORS.items() if missing() is None]
+    usable = [name for name, missing in _ACCELERATORS.items() if missing() is None and _has_driver(name)]
     known = [name for name in usable if name in PLATFORMS]
     if usable and not known:
         log.warning(

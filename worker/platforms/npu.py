@@ -1,0 +1,155 @@
+"""The Ascend NPU: its device, its memory, and layers made of the operators of torch_npu.
+
+The only module that imports torch_npu, and only once a device has answered. Verified on a stand-in for the
+runtime, not on hardware: docs/npu.md says what that means.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.errors import EXIT_INIT, StartupError
+from worker.attention.base import AttentionSpec
+from worker.attention.npu import refusal
+from worker.layers.linear import PlainLinear, StepArithmetic
+from worker.layers.quantized import QuantisedWeight
+from worker.layers.row_ops import RowOps
+from worker.platforms.base import DTypeName, Linear, Lookup
+from worker.platforms.memory_limits import MemoryInfo
+from worker.platforms.npu_chips import SERVED, generation_of
+from worker.platforms.npu_linears import quantised_linear
+from worker.platforms.npu_row_ops import NpuRowOps
+from worker.platforms.npu_start import VISIBLE, ask_driver, check_answer, visible_device
+
+log = logging.getLogger("llm.platform")
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NpuPlatform:
+    name = "npu"
+    collectives = "hccl"
+    shares_memory = False
+    # a prompt of some thousand tokens keeps the matrix units busy, and more of them wait for nothing
+    enough_rows = 8192
+
+    def __init__(self) -> None:
+        self.row_ops: RowOps = NpuRowOps()
+        self.arithmetic = StepArithmetic()
+        self._device = torch.device("cpu")  # until there is another
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def set_up(self, device_id: int, num_workers: int, threads: int) -> None:
+        """Claim device `device_id` of those visible, and hide the others from this process.
+
+        StartupError: torch_npu or CANN is missing, the driver is silent, or there is no such device.
+        """
+        if threads:
+            torch.set_num_threads(threads)
+        self._chip = check_answer(ask_driver(device_id), device_id)
+        generation = generation_of(self._chip)
+        if generation is None:
+            log.warning("chip %r is none that is known; it is treated as %s", self._chip, SERVED)
+        elif not generation.serves:
+            raise StartupError(
+                f"deviceType 'npu': {self._chip} ({generation.name}) has no paged attention; {SERVED} has",
+                EXIT_INIT,
+            )
+        os.environ[VISIBLE] = visible_device(device_id, os.environ.get(VISIBLE))
+        # freed memory of one size serves another: without it caches of many shapes are lost to fragments
+        os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
+        self._npu = load_torch_npu()
+        self._npu.set_device(0)  # of the one that is left
+        self._npu.config.allow_internal_format = True  # weights in tiles
+        self._device = torch.device("npu", 0)
+
+    def weight_dtype(self, requested: DTypeName, checkpoint: torch.dtype) -> torch.dtype:
+        """Attention computes in 16 bits: float32 becomes bfloat16, which has its range."""
+        dtype = checkpoint if requested == "auto" else _DTYPES[requested]
+        if dtype is not torch.float32:
+            return dtype
+        if requested == "float32":
+            raise StartupError(
+                "dtype 'float32': attention on an NPU computes in 16 bits; 'bfloat16', 'float16' or 'auto'",
+                EXIT_INIT,
+            )
+        return torch.bfloat16
+
+    def memory(self) -> MemoryInfo:
+        free, total = self._npu.mem_get_info()
+        # what the allocator keeps for reuse is free to us
+        kept = self._npu.memory_reserved() - self._npu.memory_allocated()
+        return MemoryInfo(free + kept, total)
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError | self._npu.OutOfMemoryError)
+
+    def give_back_memory(self) -> None:
+        self._npu.empty_cache()
+
+    def kv_budget(self, num_workers: int, memory_fraction: float) -> int:
+        """The share of the device's memory that is ours, without what is taken."""
+        memory = self.memory()
+        return max(0, memory.available - int(memory.total * (1 - memory_fraction)))
+
+    def choose_kernels(self, dtype: torch.dtype) -> None:
+        """There is one kernel of each kind, and it is the device's."""
+
+    def attention_backend(self, spec: AttentionSpec) -> str:
+        if (why := refusal(spec)) is not None:
+            raise StartupError(why, EXIT_INIT)
+        return "npu"
+
+    def invariant_attention_backend(self, spec: AttentionSpec) -> str:
+        """The only one: what a row's bits depend on is up to the operators."""
+        return self.attention_backend(spec)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return PlainLinear(weight.to(self._device), None if bias is None else bias.to(self._device))
+
+    def pack_tied(self, embedding: Tensor) -> tuple[Linear, Lookup]:
+        there = embedding.to(self._device)
+        return PlainLinear(there, None), lambda ids: functional.embedding(ids, there)
+
+    def choose_int8_kernels(self, dtype: torch.dtype) -> None:
+        """As `choose_kernels`."""
+
+    def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
+        return quantised_linear(given, dtype, self._device)
+
+    @property
+    def independent_rows(self) -> bool:
+        return False
+
+    @property
+    def wide_rows(self) -> int | None:
+        return None
+
+    def findings(self) -> bytes:
+        return b"{}"
+
+    def adopt(self, findings: bytes) -> None:
+        """Nothing is measured here."""
+
+    def describe(self) -> str:
+        return f"{self._device}, {self._chip}, torch_npu operators"
+
+
+def load_torch_npu() -> Any:
+    """`torch.npu`; StartupError when torch_npu cannot be loaded after all."""
+    try:
+        importlib.import_module("torch_npu")
+    except (ImportError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise StartupError(f"deviceType 'npu': torch_npu cannot be loaded: {first}", EXIT_INIT) from None
+    return torch.npu  # type: ignore[attr-defined]
