@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from daemon.forks import Birth
+from daemon.loading_pace import LoadingPace
 from daemon.plan import ProcessSpec
 from engine.wire.channel import ControlHub
 from engine.wire.messages import Fatal, Message
@@ -21,6 +22,7 @@ class Child:
     boot_deadline: float  # monotonic seconds
     ready: bool = False
     last_progress: float = 0.0  # when it was last logged
+    pace: LoadingPace = field(default_factory=LoadingPace)
     hub: ControlHub | None = None  # where it has said Hello
     fatal: Fatal | None = None
     verdict: str = ""  # why it is being ended by us

@@ -252,8 +252,9 @@ class Supervisor:
     def _on_progress(self, child: Child, message: Progress) -> None:
         self._family.tell_endpoint(message)
         now = time.monotonic()
+        line = child.pace.line(message, now)
         if message.fraction >= 1.0 or now - child.last_progress > _PROGRESS_EVERY_S:
-            log.info("%s: %s %.0f %%", child.spec, message.phase, message.fraction * 100)
+            log.info("%s: %s", child.spec, line)
             child.last_progress = now
 
     def _reap(self) -> None:

@@ -31,7 +31,8 @@ def run_worker(given: WorkerContext) -> NoReturn:
     control, wire = given.control.channel, given.wire
 
     def progress(phase: str, fraction: float) -> None:
-        control.send(Progress(wire.instance, phase, fraction))
+        reads = runner.weight_bytes if phase == "weights" else 0
+        control.send(Progress(wire.instance, phase, fraction, reads))
 
     start = time.monotonic()
     runner = ModelRunner(

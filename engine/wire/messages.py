@@ -99,6 +99,7 @@ class Progress:
     instance: int
     phase: str
     fraction: float  # 0..1 of this phase
+    total_bytes: int  # of what this phase reads; 0: it is not measured in bytes
 
 
 @dataclass(frozen=True, slots=True)
