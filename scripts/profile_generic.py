@@ -5,8 +5,8 @@
     python scripts/profile_generic.py --model /tmp/random-0.5b --batch 1,8,32 --context 256 --prefill 256
 
 The model is loaded twice and both run the same steps in turn; the fastest of each kind counts, as other work
-on the machine only ever adds. Tokens per second are those of the forward pass alone. With --threads 1 times are
-of the processor, else of the clock.
+on the machine only ever adds. Tokens per second are those of the forward pass alone. With --threads 1 times
+are of the processor, else of the clock.
 """
 
 from __future__ import annotations
