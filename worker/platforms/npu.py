@@ -92,7 +92,7 @@ class NpuPlatform:
         return MemoryInfo(free + kept, total)
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        return isinstance(error, MemoryError | self._npu.OutOfMemoryError)
+        return isinstance(error, MemoryError | torch.OutOfMemoryError)
 
     def give_back_memory(self) -> None:
         self._npu.empty_cache()
