@@ -27,7 +27,8 @@ _AS_THEY_ARE = {
     "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided",
     "aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::detach", "aten::alias",
     "aten::resize_", "aten::set_", "aten::record_stream", "aten::is_pinned", "aten::lift_fresh",
-    "npu::_npu_fused_infer_attention_score_get_max_workspace", "npu::npu_change_data_ptr",
+    "npu::_npu_fused_infer_attention_score_get_max_workspace",
+    "npu::_npu_fused_infer_attention_score_infer_output", "npu::npu_change_data_ptr",
 }  # fmt: skip
 # The shape of the result hangs on what a kernel finds: the front end reads it where no kernel has written.
 _SHAPED_BY_VALUES = {

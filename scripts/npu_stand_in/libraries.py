@@ -62,8 +62,6 @@ def build_libraries(home: Path, wheel: Path) -> Path:
     for tool in ("gcc", "nm"):
         if shutil.which(tool) is None:
             raise Unavailable(f"{tool} is not there; on Debian and Ubuntu: apt install gcc binutils")
-    for outdated in home.glob(f"libraries-{wheel.name}-*"):
-        shutil.rmtree(outdated)
     with tempfile.TemporaryDirectory(dir=home) as scratch:
         unfinished = Path(scratch) / "lib"
         unfinished.mkdir()

@@ -36,8 +36,8 @@ def fetch_wheel(home: Path) -> Path:
     unfinished = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     command = [
-        sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps",
-        "--only-binary=:all:", "--no-compile", "--target", str(unfinished), f"torch_npu=={VERSION}",
+        sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--retries", "1",
+        "--no-deps", "--only-binary=:all:", "--target", str(unfinished), f"torch_npu=={VERSION}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -101,6 +103,54 @@ def apply_rotary_pos_emb(
     query.copy_(_rotated(query, cos, sin, rotary_mode))
     key.copy_(_rotated(key, cos, sin, rotary_mode))
     return query, key
+
+
+@computes("npu_mrope")
+def mrope(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    cos_sin_cache: Tensor,
+    head_size: int,
+    *,
+    mrope_section: Sequence[int] | None = None,
+    rotary_mode: str | None = "half",
+    cache_mode: str | None = "default",
+) -> tuple[Tensor, Tensor]:
+    """positions: [T]; query, key: [T, N * head_size]; cos_sin_cache: D / 2 cosines, then sines, each."""
+    name = "npu_mrope"
+    require(
+        name,
+        positions.dim() == 1 and not any(mrope_section or ()),
+        "several kinds of positions are not modelled",
+    )
+    require(
+        name,
+        rotary_mode == "half" and cache_mode == "default",
+        "other modes than half and default are not modelled",
+    )
+    require_type(name, "positions", positions, torch.int32, torch.int64)
+    for label, tensor in (("query", query), ("key", key), ("cos_sin_cache", cos_sin_cache)):
+        require_type(name, label, tensor, *FLOATS)
+        require(
+            name,
+            tensor.dim() == 2 and tensor.dtype == query.dtype,
+            f"{label} has two dimensions, all one type",
+        )
+    granule = 16 if query.dtype == torch.float32 else 32
+    width = cos_sin_cache.shape[1]
+    require(name, width == head_size, f"{width} rotated of {head_size} dimensions: all are modelled")
+    require(
+        name, width % granule == 0, f"{width} rotated dimensions of {query.dtype} are a multiple of {granule}"
+    )
+    require(
+        name,
+        not len(positions) or 0 <= int(positions.min()) <= int(positions.max()) < len(cos_sin_cache),
+        "positions are rows of cos_sin_cache",
+    )
+    cos, sin = (half.repeat(1, 2).unsqueeze(1) for half in cos_sin_cache[positions.long()].chunk(2, -1))
+    rotated = (_rotated(x.view(len(x), -1, head_size), cos, sin, "half").flatten(1) for x in (query, key))
+    return next(rotated), next(rotated)
 
 
 @computes("npu_format_cast")
