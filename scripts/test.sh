@@ -27,6 +27,7 @@ if ! stamped .venv dependencies "$(dependencies_hash .venv dev)"; then
     install_dependencies .venv dev
 fi
 build_kernels .venv || true
+build_npu_stand_in .venv || true # where it cannot be had, its tests skip
 unlock
 
 # What the tests start inherits this; the name tells it from a service that runs here anyway.

@@ -90,6 +90,11 @@ build_kernels() {
     "$1/bin/python" -B worker/native/build.py
 }
 
+# build_npu_stand_in DIRECTORY: torch_npu and what it needs to run without an NPU, for tests/npu_sim. As above.
+build_npu_stand_in() {
+    "$1/bin/python" -B scripts/npu_sim.py build > /dev/null
+}
+
 dependencies_hash() { # DIRECTORY EXTRA...
     local directory=$1
     shift
