@@ -6,6 +6,7 @@ would take the worker along without a word.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from engine.errors import EXIT_INIT, StartupError
 
 VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 _ANSWER_S = 120.0  # the first import from a cold disk and the first context on a device take half a minute
+_DEATH_S = 2.0
 
 # Says how far it has got, a line of JSON each; dies with the worker.
 _TRIAL = """
@@ -64,8 +66,12 @@ def ask_driver(device_id: int, timeout_s: float = _ANSWER_S) -> Answer:
     try:
         told, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as expired:
-        # nobody waits for its end: a process stuck in the driver does not die of being killed
         process.kill()
+        if process.stdout is not None:
+            process.stdout.close()
+        # a process stuck in the driver does not die of being killed: nobody waits for it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_DEATH_S)
         partial = expired.stdout or b""
         text = partial.decode(errors="replace") if isinstance(partial, bytes) else partial
         return _read(text.splitlines(), timed_out=True)
