@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_stand_in.reference.registry import HALVES, computes, require, require_type
+from npu_stand_in.reference.registry import HALVES, computes, require, require_defaults, require_type
 
 _CAUSAL = 3  # sparse_mode: aligned bottom-right, with the compressed mask
 _BAND = 4
@@ -87,8 +87,7 @@ def fused_infer_attention_score(
 ) -> tuple[Tensor, Tensor]:
     """query: [T, H, D] in the layout TND, [B, 1, H * D] in BSH -> the like of it, and no lse."""
     name = "npu_fused_infer_attention_score"
-    unknown = [argument for argument, given in other.items() if given not in (None, 0)]
-    require(name, not unknown, f"not modelled: {', '.join(unknown)}")
+    require_defaults(name, other)
     require(name, not softmax_lse_flag, "not modelled: softmax_lse_flag")
     del inner_precise
     kv_heads = num_key_value_heads or num_heads

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_stand_in.reference.registry import FLOATS, computes, numbered_type, require, require_type
+from npu_stand_in.reference.registry import (
+    FLOATS,
+    computes,
+    numbered_type,
+    require,
+    require_defaults,
+    require_type,
+)
 
 
 @computes("npu_moe_gating_top_k_softmax")
@@ -45,7 +52,7 @@ def moe_gating_top_k(
     """
     name = "npu_moe_gating_top_k"
     require_type(name, "x", x, *FLOATS)
-    require(name, not any(other.values()), "not modelled: other arguments")
+    require_defaults(name, other)
     require(name, x.shape[-1] % group_count == 0, "E is a multiple of group_count")
     require(name, 1 <= k <= x.shape[-1] // group_count * k_group, "k is at most what the chosen groups hold")
     scores = x.float().softmax(-1) if norm_type == 0 else x.float().sigmoid()
@@ -85,7 +92,7 @@ def moe_init_routing_v2(
     require_type(name, "expert_idx", expert_idx, torch.int32)
     require(name, quant_mode == -1 and drop_pad_mode == 0 and row_idx_type == 0, "plain routing is modelled")
     require(name, expert_tokens_num_flag and expert_tokens_num_type == 1, "counts of tokens are modelled")
-    require(name, all(given in (None, -1) for given in other.values()), "not modelled: other arguments")
+    require_defaults(name, other)
     pairs = expert_idx.numel()
     require(name, active_num in (-1, 0, pairs), "a bound below T * k is not modelled")
     first, last = active_expert_range or (0, expert_num)
@@ -124,7 +131,7 @@ def grouped_matmul(
         "one x and one weight [E, K, N] are modelled",
     )
     require(name, split_item in (2, 3) and group_type == 0, "split_item 2 or 3 with group_type 0 is modelled")
-    require(name, not any(given for given in other.values()), "not modelled: other arguments")
+    require_defaults(name, other)
     require(name, group_list is not None, "group_list must be given")
     assert group_list is not None
     require_type(name, "group_list", group_list, torch.int64)

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npu_stand_in.reference.registry import FLOATS, HALVES, computes, numbered_type, require, require_type
+from npu_stand_in.reference.registry import (
+    FLOATS,
+    HALVES,
+    computes,
+    numbered_type,
+    require,
+    require_defaults,
+    require_type,
+)
 
 _WIDEST = 65535
 
@@ -50,10 +58,8 @@ def dynamic_quant(
     name = "npu_dynamic_quant"
     require_type(name, "input", input, *HALVES)
     require(name, quant_mode == "pertoken", f"quant_mode {quant_mode!r}: pertoken is modelled")
-    unknown = [argument for argument, given in other.items() if given not in (None, 0)]
-    require(
-        name, not unknown and numbered_type(name, dst_type) in (None, torch.int8), "only int8 is modelled"
-    )
+    require_defaults(name, other)
+    require(name, numbered_type(name, dst_type) in (None, torch.int8), "only int8 is modelled")
     wide = input.float() if smooth_scales is None else input.float() * smooth_scales.float()
     scale = wide.abs().amax(-1) / 127
     return _int8(wide / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)), scale
@@ -73,11 +79,7 @@ def quant_matmul(
 ) -> Tensor:
     """x1: int8 [M, K]; x2: int8 [K, N]; scale: [1] or [N]; pertoken_scale: [M]; bias: [N]."""
     name = "npu_quant_matmul"
-    require(
-        name,
-        all(given is None for given in other.values()) and offset is None,
-        "not modelled: other arguments",
-    )
+    require_defaults(name, {"offset": offset, **other})
     require_type(name, "x1", x1, torch.int8)
     require_type(name, "x2", x2, torch.int8)
     require(name, max(x1.shape[-1], x2.shape[-1]) <= _WIDEST, f"the last dimensions are at most {_WIDEST}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +39,14 @@ def require(operator: str, holds: bool, what: str) -> None:
 def require_type(operator: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
     require(operator, tensor.dtype in allowed, f"{name} is {tensor.dtype}, and may be {names}")
+
+
+def require_defaults(operator: str, others: Mapping[str, object]) -> None:
+    """Raises OutsideLimits for an argument that is given, and not as None, 0, False or -1."""
+    given = [
+        name for name, value in others.items() if isinstance(value, Tensor) or value not in (None, 0, -1, "")
+    ]
+    require(operator, not given, f"not modelled: {', '.join(given)}")
 
 
 # As torch numbers its types: so do `dtype` arguments arrive that the schema declares as int.
