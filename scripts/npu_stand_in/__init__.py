@@ -2,7 +2,7 @@
 
     wheel.py        torch_npu, as its makers publish it, in a folder of its own
     libraries.py    libascendcl.so and the others it links, generated for that wheel with nm and gcc
-    runtime/        what of the runtime has to work, in C: memory, streams, events, graphs
+    runtime/        what of the runtime has to work, in C: memory, streams, events, graphs, collectives
     environment.py  the environment in which a Python process finds both
     site/           what such a process does at its start
     import_hook.py  `import torch_npu` there: libraries before it, arithmetic after it

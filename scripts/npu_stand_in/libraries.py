@@ -19,7 +19,7 @@ from pathlib import Path
 from npu_stand_in.unavailable import Unavailable
 
 RUNTIME = sorted((Path(__file__).resolve().parent / "runtime").iterdir())
-_HEADERS = ("include/third_party/acl/inc", "include/third_party/hccl/inc")  # in the wheel
+_HEADERS = "include/third_party/acl/inc"  # in the wheel
 
 # by their file names the loader takes them for the libraries of CANN; the first has all the code
 NAMES = (
@@ -108,12 +108,11 @@ def generated_source(functions: Iterable[str], kernels: Iterable[str]) -> str:
 
 
 def _compile(folder: Path, package: Path) -> None:
-    headers = [f"-I{package / name}" for name in _HEADERS]
     objects = []
     for source in RUNTIME:
         if source.suffix == ".c":
             objects.append(str(folder / f"{source.stem}.o"))
-            _gcc("-Wall", *headers, "-c", str(source), "-o", objects[-1])
+            _gcc("-Wall", f"-I{package / _HEADERS}", "-c", str(source), "-o", objects[-1])
     functions, kernels = needed_names(package)
     generated, empty = folder / "generated.c", folder / "empty.c"
     generated.write_text(
@@ -121,7 +120,7 @@ def _compile(folder: Path, package: Path) -> None:
     )
     empty.touch()
     first, *others = NAMES
-    _link(folder, first, *objects, "-w", str(generated), "-lpthread")
+    _link(folder, first, *objects, "-w", str(generated), "-lpthread", "-lrt")
     for name in others:
         _link(folder, name, str(empty), f"-L{folder}", "-Wl,--no-as-needed", f"-l{first}")
     for path in (*map(Path, objects), generated, empty):
@@ -135,7 +134,8 @@ def _link(folder: Path, name: str, *arguments: str) -> None:
 def _gcc(*arguments: str) -> None:
     done = subprocess.run(["gcc", *_FLAGS, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise Unavailable(f"gcc {arguments[-1]}: {(done.stderr.splitlines() or ['no word'])[0]}")
+        said = [line for line in done.stderr.splitlines() if "error" in line] or ["no word"]
+        raise Unavailable(f"gcc could not make {Path(arguments[-1]).name}: {said[0]}")
 
 
 def _symbols(files: Iterable[Path | str], which: str) -> set[str]:

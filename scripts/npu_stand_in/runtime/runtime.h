@@ -24,3 +24,6 @@ enum {
 
 /* `code`, with a reason for aclGetRecentErrMsg. */
 aclError refuse(aclError code, const char *why);
+
+/* Calls `run` with `with`, `bytes` long; while the stream captures, each replay does so, with a copy. Code of `run`. */
+aclError do_or_note(aclrtStream stream, int (*run)(void *), const void *with, size_t bytes);

@@ -8,29 +8,35 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
+
+typedef struct Graph Graph;
 
 typedef struct {
     double ms;
     int recorded, external; /* external: waited for in a graph and recorded outside of it */
+    Graph *within;          /* the graph into which it was captured last */
 } Event;
 
-typedef enum { WORK, WAIT, RESET, RECORD, WAIT_FOR_VALUE, WRITE_VALUE } Kind;
+typedef enum { WORK, WAIT, RESET, RECORD, WAIT_FOR_VALUE, WRITE_VALUE, CALL } Kind;
 
 typedef struct {
     Kind kind;
     Event *event;
     uint64_t work; /* WORK: the number it was given */
-    volatile uint64_t *at; /* the last two: a word of the device's memory */
+    volatile uint64_t *at; /* WAIT_FOR_VALUE, WRITE_VALUE: a word of the device's memory */
     uint64_t value;
     uint32_t comparison;
+    int (*run)(void *); /* CALL */
+    void *with;
 } Node;
 
-typedef struct {
+struct Graph {
     uint32_t id;
     Node *nodes;
     size_t count, room, next;
-} Graph;
+};
 
 typedef struct {
     Graph *graph;
@@ -105,6 +111,18 @@ int64_t npu_sim_note_work(aclrtStream handle) {
         return note(stream->capturing, node) ? -1 : (int64_t)node.work;
     }
     return 0;
+}
+
+aclError do_or_note(aclrtStream handle, int (*run)(void *), const void *with, size_t bytes) {
+    Stream *stream = handle;
+    if (stream && stream->stalled) return refuse(TIMED_OUT, "a collective is issued behind a replay that still waits");
+    void *copy = malloc(bytes);
+    if (!copy) return NO_MEMORY;
+    memcpy(copy, with, bytes);
+    if (stream && stream->capturing) return note(stream->capturing, (Node){.kind = CALL, .run = run, .with = copy});
+    aclError code = run(copy);
+    free(copy);
+    return code;
 }
 
 /* ---- streams ---------------------------------------------------------------------------------------------------- */
@@ -218,6 +236,10 @@ static aclError advance(Stream *stream) {
         if (node->kind == WRITE_VALUE) *node->at = node->value;
         if (node->kind == RESET) node->event->recorded = 0;
         if (node->kind == RECORD) node->event->recorded = 1;
+        if (node->kind == CALL && node->run(node->with)) {
+            stream->stalled = NULL;
+            return refuse(WORK_FAILED, "a collective of a replayed graph failed");
+        }
         if (node->kind == WORK && worker && worker(node->work, RUN)) {
             stream->stalled = NULL;
             return refuse(WORK_FAILED, "work of a replayed graph failed");
@@ -243,7 +265,8 @@ aclError aclmdlRICaptureEnd(aclrtStream handle, aclmdlRI *graph) {
     Stream *stream = handle;
     if (!stream || !stream->capturing) return refuse(BAD_ARGUMENT, "no capture has begun on this stream");
     *graph = stream->capturing;
-    stream->capturing = NULL;
+    for (int i = 1; i < next_stream; i++)
+        if (streams[i] && streams[i]->capturing == *graph) streams[i]->capturing = NULL;
     engaged--;
     return ACL_SUCCESS;
 }
@@ -276,8 +299,10 @@ aclError aclmdlRIDestroy(aclmdlRI handle) {
     if (!graph) return ACL_SUCCESS;
     for (int i = 1; i < next_stream; i++)
         if (streams[i] && streams[i]->stalled == graph) streams[i]->stalled = NULL;
-    for (size_t i = 0; i < graph->count; i++)
+    for (size_t i = 0; i < graph->count; i++) {
         if (graph->nodes[i].kind == WORK && worker) worker(graph->nodes[i].work, FORGET);
+        free(graph->nodes[i].with);
+    }
     free(graph->nodes);
     free(graph);
     return ACL_SUCCESS;
@@ -340,9 +365,16 @@ aclError aclrtCreateEventExWithFlag(aclrtEvent *given, uint32_t flags) {
 
 aclError aclrtCreateEventWithFlag(aclrtEvent *given, uint32_t flags) { return aclrtCreateEventExWithFlag(given, flags); }
 
-aclError aclrtDestroyEvent(aclrtEvent event) {
-    free(event);
+/* A graph refers to the events it has captured, which may be destroyed before it: they stay. */
+aclError aclrtDestroyEvent(aclrtEvent handle) {
+    Event *event = handle;
+    if (event && !event->within) free(event);
     return ACL_SUCCESS;
+}
+
+static aclError note_event(Graph *graph, Kind kind, Event *event) {
+    event->within = graph;
+    return note(graph, (Node){.kind = kind, .event = event});
 }
 
 /* Whoever has waited for what has just happened goes on. */
@@ -357,7 +389,7 @@ static aclError wake(void) {
 aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream on) {
     Event *event = handle;
     Stream *stream = on;
-    if (stream && stream->capturing) return note(stream->capturing, (Node){.kind = RECORD, .event = event});
+    if (stream && stream->capturing) return note_event(stream->capturing, RECORD, event);
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     event->ms = (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
@@ -365,19 +397,26 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream on) {
     return wake();
 }
 
-/* Outside of a graph everything before an event is done by the time it is recorded. */
+static int is_captured_now(const Graph *graph) {
+    for (int i = 1; i < next_stream; i++)
+        if (graph && streams[i] && streams[i]->capturing == graph) return 1;
+    return 0;
+}
+
+/* A stream that waits for what a graph captures takes part in the capture from then on. As notes are made in the
+ * order of calls, only an event from outside has to be waited for again. */
 aclError aclrtStreamWaitEvent(aclrtStream on, aclrtEvent handle) {
     Event *event = handle;
     Stream *stream = on;
-    if (stream && stream->capturing && event->external)
-        return note(stream->capturing, (Node){.kind = WAIT, .event = event});
+    if (stream && stream->capturing && event->external) return note_event(stream->capturing, WAIT, event);
+    if (stream && !stream->capturing && is_captured_now(event->within)) stream->capturing = event->within;
     return ACL_SUCCESS;
 }
 
 aclError aclrtResetEvent(aclrtEvent handle, aclrtStream on) {
     Event *event = handle;
     Stream *stream = on;
-    if (stream && stream->capturing) return note(stream->capturing, (Node){.kind = RESET, .event = event});
+    if (stream && stream->capturing) return note_event(stream->capturing, RESET, event);
     event->recorded = 0;
     return ACL_SUCCESS;
 }
