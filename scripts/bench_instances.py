@@ -7,7 +7,7 @@ Starts a daemon of its own for each load, with the prefix cache on, one thread p
 holds an instance's share of the conversations but not all of them:
 
     skewed         one prompt in eight is 50 times as long as the others, all different
-    conversations  each turn's prompt is the one before with some tokens more
+    conversations  each turn's prompt is the one before with some tokens more; in another order in each round
     one beginning  all prompts begin with the same tokens
 
 Told of each: processor seconds of the workers, the busiest over their mean, and the share of the prompts'
@@ -39,6 +39,7 @@ _MAX_SEQ_LEN = 2048
 _BLOCK = 16
 _TALK = 960  # tokens of a conversation's first prompt, and of what all prompts begin with
 _MORE = 32  # tokens by which they get longer
+_TURNS = 4  # of each
 _SETTLES_S = 1.2  # an engine tells its numbers once a second
 LOADS = ("skewed", "conversations", "one_beginning")
 _METRICS = {"looked up": "all_radix_match_num", "found": "npu_radix_match_hit_num"}
@@ -75,14 +76,12 @@ class Loads:
         await self._by_clients(ask, prompts)
 
     async def conversations(self, ask: Ask) -> None:
-        async def one(talk: list[int], turns: int) -> None:
-            for _ in range(turns):
-                await ask(talk)
+        talks = [self._fresh(_TALK) for _ in range(self._args.requests // _TURNS)]
+        for _ in range(_TURNS):
+            talks.sort(key=lambda talk: talk[-1])  # anew by chance: clients that think come back in no order
+            await self._by_clients(ask, talks)
+            for talk in talks:
                 talk += self._fresh(_MORE)
-
-        turns = self._args.requests // self._args.clients
-        talks = [self._fresh(_TALK) for _ in range(self._args.clients)]
-        await asyncio.gather(*(one(talk, turns) for talk in talks))
 
     async def one_beginning(self, ask: Ask) -> None:
         shared = self._fresh(_TALK)
@@ -137,8 +136,8 @@ def _read_metrics(port: int) -> dict[str, int]:
 
 
 def config_of(args: argparse.Namespace) -> dict[str, Any]:
-    longest = _TALK + _MORE * args.requests // args.clients + args.output
-    blocks = -(-longest // _BLOCK) * args.clients * 4 // (args.instances * 3)  # a share and a third
+    longest = -(-(_TALK + _MORE * _TURNS + args.output) // _BLOCK)
+    blocks = longest * (args.requests // _TURNS) * 4 // (args.instances * 3)  # a share and a third
     blocks = max(blocks, 3 * _MAX_SEQ_LEN // _BLOCK)
     config = configuration(
         {
@@ -165,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=TINY_MODEL, help="a model directory")
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--requests", type=int, default=64, help="of each load")
-    parser.add_argument("--clients", type=int, default=16, help="at once")
+    parser.add_argument("--clients", type=int, default=8, help="at once")
     parser.add_argument("--load", choices=LOADS, help="this one alone")
     parser.add_argument("--output", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--seed", type=int, default=0)

@@ -40,14 +40,17 @@ def test_one_in_eight_is_long() -> None:
     assert sorted(map(len, asked("skewed"))) == [32] * 21 + [1600] * 3
 
 
-def test_each_turn_goes_on_from_the_one_before() -> None:
+def test_each_turn_goes_on_from_the_one_before_in_an_order_of_its_own() -> None:
+    prompts = asked("conversations")
     talks: dict[tuple[int, ...], list[list[int]]] = {}
-    for prompt in asked("conversations"):
+    for prompt in prompts:
         talks.setdefault(tuple(prompt[:960]), []).append(prompt)
-    assert [len(turns) for turns in talks.values()] == [REQUESTS // CLIENTS] * CLIENTS
+    assert [len(turns) for turns in talks.values()] == [4] * (REQUESTS // 4)
     for turns in talks.values():
         for before, after in pairwise(turns):
             assert after[: len(before)] == before and len(after) == len(before) + 32
+    orders = [[prompt[:960] for prompt in prompts[n : n + 6]] for n in range(0, REQUESTS, 6)]
+    assert all(before != after for before, after in pairwise(orders))
 
 
 def test_all_begin_alike_and_end_differently() -> None:
