@@ -28,6 +28,7 @@ from worker.loader import EMBEDDING, HEAD, Checkpoint
 from worker.models.llama import LlamaForCausalLM
 from worker.models.registry import model_class
 from worker.models.weight_reader import WeightReader
+from worker.parallel import Alone
 from worker.platforms.base import Linear
 from worker.platforms.cpu import CpuPlatform
 
@@ -100,7 +101,7 @@ class ObservingReader(WeightReader):
     """Reads layers that are observed."""
 
     def __init__(self, checkpoint: Checkpoint, platform: CpuPlatform, dtype: torch.dtype) -> None:
-        super().__init__(checkpoint, platform, dtype)
+        super().__init__(checkpoint, platform, dtype, Alone())
         self.observed: dict[str, Observed] = {}
 
     def linear(self, prefix: str, *modules: str, bias: bool = False) -> Linear:

@@ -29,6 +29,7 @@ class Checkpoint:
         """Reads the headers of all files, and how the weights are quantised."""
         self.folder = folder
         self._open: dict[Path, Any] = {}
+        self._parts: dict[str, tuple[slice, slice]] = {}  # outputs and inputs of linear layers
         self._exits = ExitStack()
         try:
             self._stored = read_weights(folder)
@@ -45,9 +46,36 @@ class Checkpoint:
                 sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
         return _DTYPES[max(sizes, key=lambda name: sizes[name])]
 
+    def read_only(self, module: str, outputs: slice | None = None, inputs: slice | None = None) -> None:
+        """Of the linear layer `module`, from now on, these outputs and these inputs. None: all.
+
+        Its weight [out, in] is cut along both, what else it has for each output along the first.
+        """
+        self._parts[module] = (outputs or slice(None), inputs or slice(None))
+
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that is there."""
+        """Of a tensor that is there, as it is read."""
+        shape = self._stored[name].shape
+        return tuple(
+            len(range(*cut.indices(length))) for cut, length in zip(self.cuts(name), shape, strict=True)
+        )
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is there, as the file has it."""
         return self._stored[name].shape
+
+    def cuts(self, name: str) -> tuple[slice, ...]:
+        """What of each dimension is read."""
+        shape = self._stored[name].shape
+        module = name.rpartition(".")[0]
+        if module not in self._parts:
+            return (slice(None),) * len(shape)
+        outputs, inputs = self._parts[module]
+        weight = self._stored[f"{module}.weight"].shape
+        if shape == weight:
+            return (outputs, inputs)
+        first = outputs if shape[:1] == weight[:1] else slice(None)
+        return (first, *(slice(None),) * (len(shape) - 1)) if shape else ()
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignorable: frozenset[str] = frozenset()) -> None:
         """Raise StartupError naming every tensor that is missing, unexpected, or wrong in shape or dtype.
@@ -119,7 +147,10 @@ class Checkpoint:
         try:
             if file not in self._open:
                 self._open[file] = self._exits.enter_context(safe_open(file, framework="pt"))
-            tensor: Tensor = self._open[file].get_tensor(name)
+            if any(cut != slice(None) for cut in self.cuts(name)):
+                tensor: Tensor = self._open[file].get_slice(name)[self.cuts(name)]
+            else:
+                tensor = self._open[file].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise StartupError(f"cannot read {name} of {file}: {error}", EXIT_INIT) from None
         return tensor

@@ -191,10 +191,12 @@ def _take(
 ) -> tuple[tuple[AdaptedLinear, Delta], ...]:
     by_layer: dict[int, list[tuple[Projection, Tensor, Tensor]]] = {}
     for module in modules:
-        a, b = (handle.get_tensor(f"base_model.model.{module}.lora_{side}.weight") for side in "AB")
+        projection = projections[module]
+        a, b = (handle.get_slice(f"base_model.model.{module}.lora_{side}.weight") for side in "AB")
+        # of the inner product each rank has its inputs' share, of what comes out its own outputs
+        a, b = a[:, projection.own_inputs], b[projection.own_outputs]
         # in float32, so that a scaling that is no power of two is rounded once
         b = (b.float() * config.scaling_of(module)).to(platform.device, dtype)
-        projection = projections[module]
         change = (projection, a.to(platform.device, dtype, copy=True), b)
         by_layer.setdefault(id(projection.layer), []).append(change)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,8 +26,10 @@ from worker.kv_cache import KvCache, KvSpec
 from worker.loader import Checkpoint
 from worker.lora_table import LoraTable
 from worker.models.registry import model_class
+from worker.parallel import Alone, ParallelGroup, join_group
 from worker.platforms.registry import select_platform
 from worker.prompt_logprobs import PromptLogprobs
+from worker.shard import Shard, check_divides
 
 log = logging.getLogger("llmmodels.runner")
 
@@ -35,7 +38,10 @@ _WARM_UP_ROWS = (1, 2, 4, 8, 16, 32)  # decode batches; the products are prepare
 
 
 class ModelRunner:
-    """Used in this order: load, size_kv_cache, allocate, warm_up, forward..."""
+    """Used in this order: join (of several ranks), load, size_kv_cache, allocate, warm_up, forward...
+
+    All ranks of a group go through it together: from the warm-up on each call is one on every rank.
+    """
 
     def __init__(
         self,
@@ -57,6 +63,12 @@ class ModelRunner:
         self._keepsake = keepsake or Keepsake()
         self._platform = select_platform(settings.device_type)
         self._platform.set_up(device_id, num_workers, settings.cpu_threads)
+        self.group: ParallelGroup = Alone()
+
+    def join(self, shard: Shard, meeting_file: Path, timeout_s: float) -> None:
+        """Become one of the ranks that divide the model, before it is loaded; see `join_group`."""
+        backend = self._platform.collectives
+        self.group = join_group(shard, self._platform.device, backend, meeting_file, timeout_s)
 
     def load(self) -> None:
         """Read configuration and weights; StartupError says in one line what is wrong with them.
@@ -67,6 +79,8 @@ class ModelRunner:
         raw = ConfigValues.read(folder / "config.json")
         cls = model_class(raw)
         config = cls.parse_config(raw)
+        shard = self.group.shard
+        check_divides(config, shard.size, folder)
         checkpoint = Checkpoint(folder)
         shapes = cls.tensor_shapes(config)
         if shapes is not None:
@@ -85,11 +99,11 @@ class ModelRunner:
         # an id beyond the vocabulary, which some models declare, ends nothing and masks nothing
         self.eos_token_ids = tuple(token for token in eos_token_ids(folder, raw) if token < self.vocab_size)
         self.dtype = dtype
-        self.weight_bytes = checkpoint.bytes_held(shapes or checkpoint.names(), dtype.itemsize)
+        self.weight_bytes = checkpoint.bytes_held(shapes or checkpoint.names(), dtype.itemsize) // shard.size
         self._kv_spec = KvSpec(
             config.num_layers,
             self._schedule.block_size,
-            config.num_kv_heads,
+            shard.count(config.num_kv_heads),
             config.head_dim,
             dtype,
             int8=holds_int8(self._settings, checkpoint.quantisation),
@@ -107,8 +121,8 @@ class ModelRunner:
         )
         within = config.window is None or config.window >= self.max_seq_len
         spec = AttentionSpec(
-            config.num_heads,
-            config.num_kv_heads,
+            shard.count(config.num_heads),
+            shard.count(config.num_kv_heads),
             config.head_dim,
             dtype,
             int8_cache=self._kv_spec.int8,
@@ -127,6 +141,7 @@ class ModelRunner:
             dtype,
             self.max_seq_len,
             lambda fraction: self._progress("weights", fraction),
+            self.group,
         )
         self._platform.give_back_memory()
         # where there is only one way, nothing is cut for the sake of another
@@ -174,11 +189,12 @@ class ModelRunner:
         return self._platform.is_out_of_memory(error)
 
     def size_kv_cache(self) -> int:
-        """Blocks this worker can hold; StartupError when that is less than one sequence of maxSeqLen.
+        """Blocks every rank can hold; StartupError when that is less than one sequence of maxSeqLen.
 
         No share of the memory any more: the other workers hold theirs by now, and `load` counted all of them.
         """
-        return self._count_blocks(available_bytes=self._platform.memory().available - self._other_bytes())
+        own = self._count_blocks(available_bytes=self._platform.memory().available - self._other_bytes())
+        return self.group.least(own)
 
     def _other_bytes(self) -> int:
         """What the device's memory has to hold besides weights and cache."""

@@ -80,11 +80,10 @@ class Projection:
 
     layer: AdaptedLinear
     outputs: slice  # its columns of the layer's output
-    in_features: int
-
-    @property
-    def out_features(self) -> int:
-        return int(self.outputs.stop - self.outputs.start)
+    in_features: int  # of the whole, as adapters are made for it
+    out_features: int
+    own_inputs: slice  # what of it this rank holds
+    own_outputs: slice
 
 
 def merged_delta(

@@ -27,6 +27,7 @@ from worker.loader import Checkpoint
 from worker.models.configs import parse_generic
 from worker.models.generic_load import load_model, refusal
 from worker.models.generic_trial import deviation_in_pieces
+from worker.parallel import ParallelGroup
 from worker.platforms.base import Linear, Platform
 
 log = logging.getLogger("llmmodels.generic")
@@ -139,7 +140,9 @@ class GenericCausalLM:
         dtype: torch.dtype,
         max_seq_len: int,
         progress: Callable[[float], None],
+        group: ParallelGroup,
     ) -> None:
+        assert group.shard.size == 1  # the modules are transformers' own, and whole
         folder = checkpoint.folder
         self._interface = PagedInterface(config, max_seq_len)
         self.projections: dict[str, Projection] = {}
@@ -199,8 +202,10 @@ class GenericCausalLM:
                 packed = AdaptedLinear(platform.pack_linear(child.weight.data, bias), self.step_adapters)
                 setattr(parent, name, PackedModule(packed, child.in_features, child.out_features))
                 full_name = f"{parent_name}.{name}".lstrip(".")
-                outputs = slice(0, child.out_features)
-                self.projections[full_name] = Projection(packed, outputs, child.in_features)
+                outputs, inputs = slice(0, child.out_features), slice(0, child.in_features)
+                self.projections[full_name] = Projection(
+                    packed, outputs, child.in_features, child.out_features, inputs, outputs
+                )
 
     def _try_out(
         self, config: DecoderConfig, dtype: torch.dtype, platform: Platform, checkpoint: Checkpoint

@@ -19,6 +19,7 @@ from worker.layers.row_ops import Norm
 from worker.loader import EMBEDDING, HEAD, Checkpoint
 from worker.models.configs import parse_llama
 from worker.models.weight_reader import WeightReader
+from worker.parallel import ParallelGroup
 from worker.platforms.base import Lookup, Platform
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -54,7 +55,10 @@ class HeadNorms:
         q_weight, k_weight = reader.plain(f"{prefix}q_norm"), reader.plain(f"{prefix}k_norm")
         # of each head, [heads, head_dim]; what is normalised is rounded before it is multiplied, as published
         self._weights = torch.cat(
-            (q_weight.expand(config.num_heads, -1), k_weight.expand(config.num_kv_heads, -1))
+            (
+                q_weight.expand(reader.shard.count(config.num_heads), -1),
+                k_weight.expand(reader.shard.count(config.num_kv_heads), -1),
+            )
         )
         self._ones = torch.ones_like(q_weight)
         self._eps = config.rms_norm_eps
@@ -70,13 +74,16 @@ class HeadNorms:
 class SelfAttention:
     def __init__(self, config: DecoderConfig, reader: WeightReader, prefix: str) -> None:
         """`prefix`: of the layer."""
-        self._num_heads = config.num_heads
+        self._num_heads = reader.shard.count(config.num_heads)
         self._head_dim = config.head_dim
-        self._rotated_heads = config.num_heads + config.num_kv_heads
+        self._rotated_heads = self._num_heads + reader.shard.count(config.num_kv_heads)
         self._ops = reader.row_ops
-        self._qkv = reader.adapted(prefix, *_QKV, bias=config.qkv_bias)
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self._qkv = reader.column_parallel(prefix, *_QKV, bias=config.qkv_bias, units=heads)
         self._norms = HeadNorms(reader, f"{prefix}self_attn.", config) if config.qk_norm else None
-        self._output = reader.adapted(f"{prefix}self_attn.", "o_proj", bias=config.output_bias)
+        self._output = reader.row_parallel(
+            f"{prefix}self_attn.", "o_proj", bias=config.output_bias, units=config.num_heads
+        )
 
     def __call__(
         self,
@@ -101,8 +108,8 @@ class GatedMlp:
     def __init__(self, reader: WeightReader, prefix: str, bias: bool = False) -> None:
         """`prefix`: of its own."""
         self._ops = reader.row_ops
-        self._gate_up = reader.adapted(prefix, "gate_proj", "up_proj", bias=bias)
-        self._down = reader.adapted(prefix, "down_proj", bias=bias)
+        self._gate_up = reader.column_parallel(prefix, "gate_proj", "up_proj", bias=bias)
+        self._down = reader.row_parallel(prefix, "down_proj", bias=bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""
@@ -161,17 +168,17 @@ class LlamaForCausalLM:
         dtype: torch.dtype,
         max_seq_len: int,
         progress: Callable[[float], None],
+        group: ParallelGroup,
     ) -> None:
         self._rotary = RotaryTable(config.rope, config.rotary_dim, max_seq_len, dtype, platform.device)
-        reader = WeightReader(checkpoint, platform, dtype)
+        reader = WeightReader(checkpoint, platform, dtype, group)
         # the largest tensor comes first: while it is packed there is little else in memory
         self._embed: Lookup
         if config.tie_word_embeddings and checkpoint.quantisation.type_of(HEAD) == "FLOAT":
             self._head, self._embed = reader.tied(EMBEDDING)
         else:
-            embedding = reader.plain(EMBEDDING)
-            self._embed = lambda ids: functional.embedding(ids, embedding)
-            self._head = reader.linear("", HEAD)
+            self._embed = reader.embedding(EMBEDDING)
+            self._head = reader.head(HEAD)
         self._layers = []
         for index in range(config.num_layers):
             self._layers.append(self.make_layer(config, reader, index))

@@ -17,6 +17,7 @@ from worker.kv_cache import KvCache
 from worker.layers.adapted import Projection, StepAdapters
 from worker.loader import Checkpoint
 from worker.models.table import family_of
+from worker.parallel import ParallelGroup
 from worker.platforms.base import Platform
 
 
@@ -34,7 +35,9 @@ class CausalModel(Protocol):
         dtype: torch.dtype,
         max_seq_len: int,
         progress: Callable[[float], None],
-    ) -> None: ...
+        group: ParallelGroup,
+    ) -> None:
+        """Reads this rank's part of the weights; `config` is that of the whole model."""
 
     @staticmethod
     def parse_config(config: ConfigValues) -> DecoderConfig: ...

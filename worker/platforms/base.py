@@ -22,6 +22,7 @@ Lookup = Callable[[Tensor], Tensor]  # int [T] -> [T, hidden]
 class Platform(Protocol):
     name: str
     shares_memory: bool  # whether all workers of the machine take from one memory, which is the host's
+    collectives: str  # the backend of torch.distributed that joins several of these devices
     row_ops: RowOps
     arithmetic: StepArithmetic  # of all layers this platform packs
     enough_rows: int  # with more in a product none of them is computed sooner

@@ -50,6 +50,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class CpuPlatform:
     name = "cpu"
     shares_memory = True
+    collectives = "gloo"
     # Products are bound by arithmetic from about 128 rows on. Prompts one after the other take as long as all
     # of them together, and half of their users need not wait for the rest.
     enough_rows = 512
