@@ -157,6 +157,12 @@ def _experts_parallel(values: Values, report: Report) -> None:  # R8
         report.refuse(path, size, "moe_ep*moe_tp must be worldSize", f"a divisor of {world}", (_WORLD, world))
 
 
+def _divided_by_heads_only(values: Values, report: Report) -> None:  # R8
+    if values.integer(_WORLD) > 1 and not values.flag(_MULTI_NODE):
+        for unsupported in UNSUPPORTED_DIVISIONS:
+            unsupported.check(values, report)
+
+
 def _mix_and_splitfuse(values: Values, report: Report) -> None:  # R9
     template, splitfuse = values.text(_TEMPLATE), SPLITFUSE in values.raw(PLUGIN_PARAMS)
     if template == "Mix" and not splitfuse:
@@ -276,6 +282,10 @@ RULES: tuple[Rule, ...] = (
     Rule((_MAX_SEQ, f"{SCHEDULE}.maxIterTimes"), _output_fits),
     Rule((_WORLD, _MULTI_NODE, *(f"{MODEL}.{key}" for key in ("tp", "dp", "cp", "sp", "pp"))), _parallel),
     Rule((_WORLD, _MULTI_NODE, f"{MODEL}.moe_ep", f"{MODEL}.moe_tp"), _experts_parallel),
+    Rule(
+        (_WORLD, _MULTI_NODE, *(f"{MODEL}.{key}" for key in ("dp", "cp", "sp", "moe_ep"))),
+        _divided_by_heads_only,
+    ),
     Rule((_TEMPLATE, PLUGIN_PARAMS), _mix_and_splitfuse),
     Rule((f"{SERVER}.port", f"{BACKEND}.multiNodesInferPort"), _node_port),
     _all_zero("ipAddress"),
@@ -328,15 +338,20 @@ class Unsupported(NamedTuple):
             report.refuse(self.path, value, "not supported by this build", self.set_instead)
 
 
+# of the ways to divide a model among the devices of an instance; one device leaves nothing to divide
+UNSUPPORTED_DIVISIONS: tuple[Unsupported, ...] = (
+    Unsupported(f"{MODEL}.dp", (-1, 1), "1, or more instances (modelInstanceNumber) instead"),
+    Unsupported(f"{MODEL}.cp", (1,), "1, and a larger tp instead"),
+    Unsupported(f"{MODEL}.sp", (1,), "1"),
+    Unsupported(f"{MODEL}.moe_ep", (None, 1), "1, with moe_tp = worldSize"),
+)
+
 UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(f"{SERVER}.inferMode", ("standard",), '"standard"'),
     Unsupported(f"{SERVER}.distDPServerEnabled", (False,), "false"),
     Unsupported(f"{SERVER}.layerwiseDisaggregated", (False,), "false"),
     Unsupported(_MULTI_NODE, (False,), "false"),
     Unsupported(f"{KV_POOL}.backend", ("",), '""'),
-    Unsupported(
-        _WORLD, (1,), "1, with one device id in each list of npuDeviceIds (no tensor parallelism yet)"
-    ),
     Unsupported(f"{SCHEDULE}.distributedEnable", (False,), "false"),
 )
 

@@ -36,8 +36,7 @@ class Link:
     def mend(self) -> bool:
         """Begin anew if that is needed and nobody holds the rings any more; whether the link can be used."""
         if self.broken and not self.holders:
-            self.wire.prompt_ring.reset()
-            self.wire.token_ring.reset()
+            self.wire.reset()
             self.generation += 1
             self.broken = False
         return not self.broken
@@ -75,6 +74,10 @@ class Links:
                 link.break_off()
                 self._family.tell_endpoint(InstanceDown(instance, reason, final))
             link.leave(dead.identity)
+
+    def forget(self, dead: Child) -> None:
+        """It was ended with another rank of its instance, of whose death everybody has been told."""
+        self._links[dead.spec.instance].leave(dead.identity)
 
     def join(self, open_doors: Callable[[], bool]) -> None:
         """Tell every link that has begun anew to those of its two sides that live and do not know it yet."""

@@ -179,7 +179,10 @@ def _supervise(
             wires[spec.instance],
             birth.generation,
             spec.device,
+            spec.rank,
+            len(settings.device_ids[spec.instance]),
             num_workers,
+            settings.worker_init_timeout_s,
             settings.step_timeout_s,
             control,
             birth.pulse,
@@ -215,4 +218,8 @@ def _make_wire(settings: ServerSettings, name: str, run_dir: Path, instance: int
         directory=str(run_dir),
         prompt_ring=create_ring(f"{name}_prompt{instance}", sizes.PROMPT_SLOTS, prompt_bytes),
         token_ring=create_ring(f"{name}_token{instance}", sizes.TOKEN_SLOTS, sizes.TOKEN_SLOT_BYTES),
+        step_rings=tuple(
+            create_ring(f"{name}_step{instance}.{rank}", sizes.STEP_SLOTS, sizes.STEP_SLOT_BYTES)
+            for rank in range(1, len(settings.device_ids[instance]))
+        ),
     )

@@ -31,6 +31,7 @@ from worker.config_values import ConfigValues
 from worker.hf_config import DecoderConfig
 from worker.models.table import GENERIC, family_of
 from worker.platforms.memory_limits import MemoryInfo
+from worker.shard import Shard, check_divides
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -84,11 +85,12 @@ class MemoryPlan:
 def plan_memory(
     model: ModelSettings, schedule: ScheduleSettings, num_workers: int, memory: MemoryInfo
 ) -> MemoryPlan:
-    """The plan of one worker beside its equals.
+    """The plan of one worker, which holds a rank's part of the model, beside its equals.
 
     Raises StartupError when the model cannot be served by this build or does not fit, in the worker's words.
     """
     config, architecture = _read_decoder(model)
+    shard = Shard(0, model.world_size)
     weights = _stored_weights(model.weight_path)
     dtype = _compute_dtype(model, weights)
     limits = _limits(schedule, config)
@@ -97,13 +99,13 @@ def plan_memory(
         architecture=architecture,
         weights=weights,
         dtype=dtype,
-        weight_bytes=weights.bytes_held(dtype),
+        weight_bytes=weights.bytes_held(dtype) // shard.size,
         activation_bytes=activation_bytes(config, limits),
         block_size=schedule.block_size,
         block_bytes=bytes_per_block(
             config.num_layers,
             schedule.block_size,
-            config.num_kv_heads,
+            shard.count(config.num_kv_heads),
             head_bytes(config.head_dim, _BYTES[dtype], int8=int8_cache),
             shared=config.shares_pages,
         ),
@@ -131,7 +133,9 @@ def _read_decoder(model: ModelSettings) -> tuple[DecoderConfig, str]:
     values = ConfigValues.read(model.weight_path / "config.json")
     architecture, family = family_of(values)
     how = " through transformers" if family is GENERIC else ""
-    return family.parse(values), f"{architecture}{how}"
+    config = family.parse(values)
+    check_divides(config, model.world_size, model.weight_path, has_own_family=family is not GENERIC)
+    return config, f"{architecture}{how}"
 
 
 def _stored_weights(folder: Path) -> StoredWeights:

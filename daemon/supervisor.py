@@ -292,9 +292,11 @@ class Supervisor:
             self._exit_code = child.fatal.exit_code if child.fatal else EXIT_INIT
             self._stop()
             return
-        self._links.part_with(child, reason, final=self._state is not State.SERVING)
-        if child.doomed:
+        if child.doomed:  # its link has been broken off already, and may have begun anew
+            self._links.forget(child)
+            self._links.join(self._doors.open)
             return
+        self._links.part_with(child, reason, final=self._state is not State.SERVING)
         log.error("%s died: %s", child, reason)
         self._on_death(child.spec, reason)
 

@@ -59,6 +59,11 @@ class Watched:
     step_timeout_s: float  # of a step, besides what its tokens add
 
 
+def step_limit_s(timeout_s: float, plan: StepPlan) -> float:
+    """How long a step may take, with stepTimeoutSec `timeout_s`."""
+    return timeout_s + plan.num_tokens * _TOKEN_LIMIT_S
+
+
 @dataclass(slots=True)
 class EngineCore:
     """Drives one scheduler and one executor until the process ends.
@@ -178,7 +183,7 @@ class EngineCore:
         select.select(readers, [], [], timeout)
 
     def _promise(self, plan: StepPlan) -> None:
-        self.watched.pulse.expect_within(self.watched.step_timeout_s + plan.num_tokens * _TOKEN_LIMIT_S)
+        self.watched.pulse.expect_within(step_limit_s(self.watched.step_timeout_s, plan))
 
     # -- out ----------------------------------------------------------------------------------------
 

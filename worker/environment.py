@@ -9,6 +9,8 @@ def prepare_environment() -> None:
     """Settings that torch and its libraries read once; an operator's own win."""
     _let_idle_threads_sleep()
     _bound_kernel_caches()
+    # ranks on one machine meet on its own interface: what a host name resolves to may be reached from outside
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _let_idle_threads_sleep() -> None:

@@ -1,4 +1,4 @@
-"""Rank 0's side of a step: forward on this device, then sample. Further ranks will join here."""
+"""Rank 0's side of a step: tell the other ranks, forward on this device, then sample."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from engine.executor import Sampled
 from engine.plan import StepPlan
 from engine.sequence import Sequence
+from engine.step_channel import StepSender
+from engine.step_records import encode
 from worker.batch import single_rows
 from worker.logprobs import with_logprobs
 from worker.prompt_logprobs import PromptLogprobs
@@ -34,10 +36,13 @@ class RunTimes:
 class LeaderExecutor:
     runner: ModelRunner
     sampler: Sampler
+    followers: StepSender | None = None  # the other ranks, if there are any
     times: RunTimes = field(default_factory=RunTimes)
 
     def run(self, plan: StepPlan) -> Sampled:
         start = time.perf_counter()
+        if self.followers is not None:  # first: they begin while masks are asked for
+            self.followers.send(encode(plan))
         self.sampler.expect(plan.samples)
         self.runner.swap(plan)
         prompts = PromptLogprobs.of(plan)
@@ -95,6 +100,7 @@ class LeaderExecutor:
         try:
             return self.runner.forward(plan, prompts)
         except (MemoryError, RuntimeError) as error:
-            if not self.runner.is_out_of_memory(error):
+            # other ranks are in the middle of the same step, and cannot be asked to try again
+            if self.followers is not None or not self.runner.is_out_of_memory(error):
                 raise
             return None

@@ -8,6 +8,7 @@ import zmq
 
 from engine.core import Watched
 from engine.endpoint_link import EndpointLink, LinkEnds
+from engine.step_channel import StepReceiver, StepSender
 from engine.wire.channel import Channel
 from engine.wire.messages import EngineReady
 from engine.wire.ring import RingReader, RingWriter
@@ -29,6 +30,18 @@ def open_link(given: WorkerContext, greeting: Callable[[], EngineReady]) -> Endp
     link = EndpointLink(ends, greeting)
     link.open(given.generation)
     return link
+
+
+def step_sender(given: WorkerContext) -> StepSender | None:
+    """The leader's line to the other ranks of its instance; None when there are none."""
+    rings = given.wire.step_rings
+    if not rings:
+        return None
+    return StepSender([RingWriter(ring, given.generation) for ring in rings], given.step_timeout_s)
+
+
+def step_receiver(given: WorkerContext) -> StepReceiver:
+    return StepReceiver(RingReader(given.wire.step_rings[given.rank - 1], given.generation))
 
 
 def watched(given: WorkerContext) -> Watched:

@@ -87,6 +87,14 @@ class LoraTable:
             done.append((name, result))
         return done
 
+    def install(self, name: str, path: str) -> str:
+        """Read and install now; what is wrong with it, "" for nothing."""
+        try:
+            self._install(name, Path(path), self._read_now(Path(path)))
+        except StartupError as error:
+            return str(error)
+        return ""
+
     def remove(self, name: str) -> None:
         """An unknown name is fine."""
         adapter = self._installed.pop(name, None)

@@ -85,6 +85,8 @@ class EchoExecutor:
 
 def run_mock_worker(given: WorkerContext) -> NoReturn:
     """Serve one instance of echoes; SIGTERM ends the process by default action, as with `run_worker`."""
+    if given.rank > 0:
+        _stand_by(given)
     start = time.monotonic()
     model, schedule = given.model, given.schedule
     vocab_size, eos = read_vocabulary(model.weight_path)
@@ -122,6 +124,15 @@ def run_mock_worker(given: WorkerContext) -> NoReturn:
         )
     )
     core.run()
+
+
+def _stand_by(given: WorkerContext) -> NoReturn:
+    """A further rank: echoes are no work to be divided, but the process is there, and is watched."""
+    limit_s = given.step_timeout_s
+    given.control.channel.send(Ready(f"{given.model.name} as a mock, rank {given.rank}"))
+    while True:
+        given.pulse.expect_within(limit_s)
+        time.sleep(limit_s / 4)
 
 
 def read_vocabulary(folder: Path) -> tuple[int, tuple[int, ...]]:

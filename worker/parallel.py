@@ -79,7 +79,7 @@ class DistributedGroup:
     def _gather(self, x: Tensor) -> Tensor:
         """-> [size, *x.shape]."""
         gathered = x.new_empty((self.shard.size, *x.shape))
-        dist.all_gather_into_tensor(gathered.view(-1, *x.shape[1:]), x.contiguous())
+        dist.all_gather(list(gathered.unbind()), x.contiguous())
         return gathered
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,14 @@ from worker.batch import Batch
 _POSITIONS_AT_ONCE = 64
 
 
+Logits = Callable[[Tensor], Tensor]  # [n, hidden] -> [n, vocab]
+
+
+class PromptScorer(Protocol):
+    def add(self, piece: StepPlan, batch: Batch, hidden: Tensor, logits: Logits) -> None:
+        """hidden: [T, hidden], one row per query token of `batch`, which is made of `piece`."""
+
+
 class PromptLogprobs:
     """Gathers the scores of one step, piece by piece as its hidden states come."""
 
@@ -32,20 +40,11 @@ class PromptLogprobs:
             return None
         return PromptLogprobs()
 
-    def add(self, piece: StepPlan, batch: Batch, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
-        """hidden: [T, hidden], one row per query token of `batch`, which is made of `piece`.
-
-        `logits` makes [n, vocab] of n of them.
-        """
-        for row, seq in enumerate(piece.sequences):
-            owed = piece.owed_scores(row)
-            if not owed:
-                continue
-            place = row if batch.order is None else int(np.flatnonzero(batch.order == row)[0])
-            first = int(batch.context_len[place] - np.diff(batch.query_start)[place])  # position in its text
-            start = int(batch.query_start[place]) + owed.start - 1 - first
+    def add(self, piece: StepPlan, batch: Batch, hidden: Tensor, logits: Logits) -> None:
+        """hidden: [T, hidden], one row per query token of `batch`, which is made of `piece`."""
+        for row, states in _owed_states(piece, batch, hidden):
+            seq, owed = piece.sequences[row], piece.owed_scores(row)
             actual = torch.from_numpy(seq.tokens[owed.start : owed.stop]).long().to(hidden.device)
-            states = hidden[start : start + len(actual)]
             pieces = [
                 _score(logits(own), tokens, seq.params.prompt_logprobs)
                 for own, tokens in zip(
@@ -55,6 +54,31 @@ class PromptLogprobs:
                 )
             ]
             self.scores[seq.request_id] = PromptScores(*map(np.concatenate, zip(*pieces, strict=True)))
+
+
+class PromptHeads:
+    """For a rank that does not sample: its part of the same logits, which the leader's are joined from."""
+
+    @staticmethod
+    def of(plan: StepPlan) -> PromptHeads | None:
+        return None if PromptLogprobs.of(plan) is None else PromptHeads()
+
+    def add(self, piece: StepPlan, batch: Batch, hidden: Tensor, logits: Logits) -> None:
+        for _, states in _owed_states(piece, batch, hidden):
+            for own in torch.split(states, _POSITIONS_AT_ONCE):
+                logits(own)
+
+
+def _owed_states(piece: StepPlan, batch: Batch, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Rows of `piece` that owe scores, each with the hidden states these are made of, [n, hidden]."""
+    for row in range(piece.num_rows):
+        owed = piece.owed_scores(row)
+        if not owed:
+            continue
+        place = row if batch.order is None else int(np.flatnonzero(batch.order == row)[0])
+        first = int(batch.context_len[place] - np.diff(batch.query_start)[place])  # position in its text
+        start = int(batch.query_start[place]) + owed.start - 1 - first
+        yield row, hidden[start : start + len(owed)]
 
 
 def _score(logits: Tensor, actual: Tensor, num_others: int) -> tuple[NDArray[Any], ...]:

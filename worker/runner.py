@@ -28,7 +28,7 @@ from worker.lora_table import LoraTable
 from worker.models.registry import model_class
 from worker.parallel import Alone, ParallelGroup, join_group
 from worker.platforms.registry import select_platform
-from worker.prompt_logprobs import PromptLogprobs
+from worker.prompt_logprobs import PromptScorer
 from worker.shard import Shard, check_divides
 
 log = logging.getLogger("llmmodels.runner")
@@ -80,9 +80,9 @@ class ModelRunner:
         cls = model_class(raw)
         config = cls.parse_config(raw)
         shard = self.group.shard
-        check_divides(config, shard.size, folder)
-        checkpoint = Checkpoint(folder)
         shapes = cls.tensor_shapes(config)
+        check_divides(config, shard.size, folder, has_own_family=shapes is not None)
+        checkpoint = Checkpoint(folder)
         if shapes is not None:
             checkpoint.check(shapes, cls.ignorable_tensors(config))
         dtype = self._platform.weight_dtype(self._settings.dtype, checkpoint.stored_dtype)
@@ -243,7 +243,7 @@ class ModelRunner:
         self._progress("warm-up", 1.0)
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan, prompts: PromptLogprobs | None = None) -> Tensor:
+    def forward(self, plan: StepPlan, prompts: PromptScorer | None = None) -> Tensor:
         """Logits of each row's last query token, [R, vocab] in the model's dtype, in the plan's order.
 
         [R, 0] where nothing is sampled.
@@ -265,7 +265,7 @@ class ModelRunner:
             logits += [self._forward(piece, attention, prompts) for piece in pieces]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def _forward(self, plan: StepPlan, attention: AttentionBackend, prompts: PromptLogprobs | None) -> Tensor:
+    def _forward(self, plan: StepPlan, attention: AttentionBackend, prompts: PromptScorer | None) -> Tensor:
         batch = make_batch(plan, self._platform.device)
         attention.begin_step(batch, self._schedule.block_size)
         self.adapters.begin_step(plan, batch)

@@ -40,15 +40,33 @@ class Shard:
 WHOLE = Shard()
 
 
-def check_divides(config: DecoderConfig, size: int, folder: Path) -> None:
-    """Raise StartupError that says why `size` ranks cannot divide the model, and how many can."""
-    faults = _faults(config, size)
-    if faults:
-        most = min(config.num_heads, config.intermediate_size, config.vocab_size)
-        allowed = [str(other) for other in range(1, min(most, 64) + 1) if not _faults(config, other)]
+_WORLD_SIZE = "BackendConfig.ModelDeployConfig.ModelConfig[0].worldSize"
+_MOST_RANKS = 64
+
+
+def check_divides(config: DecoderConfig, size: int, folder: Path, *, has_own_family: bool) -> None:
+    """Raise StartupError that says why `size` ranks cannot divide the model, and how many can.
+
+    `has_own_family`: False for a model that runs through modules of transformers, which stay whole.
+    """
+    file = folder / "config.json"
+    if size > 1 and not has_own_family:
         raise StartupError(
-            f"BackendConfig.ModelDeployConfig.ModelConfig[0].worldSize={size}: {folder / 'config.json'} has"
-            f" {' and '.join(faults)}; allowed: {', '.join(allowed)}",
+            f"{_WORLD_SIZE}={size}: the architecture in {file} runs through transformers' modules, which are"
+            " not divided; allowed: 1, or more instances (modelInstanceNumber)",
+            EXIT_INIT,
+        )
+    if size > 1 and (config.experts is not None or config.latent is not None):
+        which = "experts" if config.experts is not None else "latent attention"
+        raise StartupError(
+            f"{_WORLD_SIZE}={size}: {file} describes a model with {which}, which this build does not divide;"
+            " allowed: 1, or more instances (modelInstanceNumber)",
+            EXIT_INIT,
+        )
+    if faults := _faults(config, size):
+        allowed = [str(other) for other in range(1, _MOST_RANKS + 1) if not _faults(config, other)]
+        raise StartupError(
+            f"{_WORLD_SIZE}={size}: {file} has {' and '.join(faults)}; allowed: {', '.join(allowed)}",
             EXIT_INIT,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import zmq
 
@@ -17,7 +18,7 @@ _LINGER_MS = 1000
 
 @dataclass(frozen=True, slots=True)
 class InstanceWire:
-    """Everything between the endpoint and the leader of one instance.
+    """Everything between the endpoint and the leader of one instance, and between the leader and its ranks.
 
     The rings are the same for the life of the daemon. Each time one of the two processes is replaced, the
     link over them begins anew, with the next generation and channels of its own.
@@ -27,12 +28,22 @@ class InstanceWire:
     directory: str  # of the socket files
     prompt_ring: Ring
     token_ring: Ring
+    step_rings: tuple[Ring, ...] = ()  # leader -> each further rank of the instance
 
     def command_address(self, generation: int) -> str:
         return f"ipc://{self.directory}/cmd.{self.instance}.{generation}"
 
     def event_address(self, generation: int) -> str:
         return f"ipc://{self.directory}/evt.{self.instance}.{generation}"
+
+    def meeting_file(self, generation: int) -> Path:
+        """Where the ranks find each other; it is made and removed by them."""
+        return Path(self.directory) / f"ranks.{self.instance}.{generation}"
+
+    def reset(self) -> None:
+        """Empty all rings. Nobody may have an end open."""
+        for ring in (self.prompt_ring, self.token_ring, *self.step_rings):
+            ring.reset()
 
 
 class Control:

@@ -295,10 +295,27 @@ def test_unsupported_is_refused_with_what_to_set(
     assert next(iter(changes)) in finding
 
 
-def test_tensor_parallelism_is_refused(home: Home) -> None:
+@pytest.mark.parametrize("tp", [{}, {"tp": 2}, {"tp": 2, "dp": -1, "cp": 1, "moe_tp": 2}])
+def test_ranks_may_divide_a_model(home: Home, tp: dict[str, int]) -> None:
     home.backend["npuDeviceIds"] = [[0, 1]]
-    home.model["worldSize"] = 2
-    assert "worldSize=2: not supported by this build" in home.only_finding()
+    home.model.update(worldSize=2, **tp)
+    settings = home.load()
+    assert settings.model.world_size == 2 and settings.device_ids == ((0, 1),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"dp": 2, "tp": 1}, "dp=2: not supported by this build; allowed: 1, or more instances"),
+        ({"cp": 2, "tp": 1}, "cp=2: not supported by this build; allowed: 1, and a larger tp instead"),
+        ({"sp": 2}, "sp=2: not supported by this build"),
+        ({"moe_ep": 2, "moe_tp": 1}, "moe_ep=2: not supported by this build"),
+    ],
+)
+def test_ranks_divide_a_model_in_no_other_way(home: Home, changes: dict[str, int], key: str) -> None:
+    home.backend["npuDeviceIds"] = [[0, 1]]
+    home.model.update(worldSize=2, **changes)
+    assert key in home.only_finding()
 
 
 @pytest.mark.parametrize(

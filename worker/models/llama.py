@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from worker.attention.base import AttentionBackend
 from worker.batch import Batch
