@@ -19,6 +19,8 @@ from tests.harness import (
 )
 from tests.streams import LONG, LONG_CONFIG, Stream
 
+pytestmark = pytest.mark.timeout(300)  # several processes load torch, on machines with two cores
+
 MakeDaemon = Callable[..., Daemon]
 PROMPTS = ("A dog and a cat", "Two birds", "The sum of 3 and 4 is")
 
@@ -78,6 +80,7 @@ def test_two_ranks_answer_as_one_and_heal_together(make_daemon: MakeDaemon, whol
     assert not daemon.leftovers()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_found_and_healed(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(divided(2)).start().wait_ready(180)
     body = {**LONG, "max_tokens": 200, "temperature": 0}
