@@ -15,7 +15,7 @@ from daemon.links import Links
 from daemon.plan import ProcessSpec
 from engine.wire.channel import Channel, ControlHub
 from engine.wire.links import InstanceWire
-from engine.wire.messages import EndpointDown, EndpointUp, Hello, InstanceUp, Message
+from engine.wire.messages import EndpointDown, EndpointUp, Hello, InstanceDown, InstanceUp, Message
 from engine.wire.ring import create_ring
 from engine.wire.vitals import Vitals
 from tests.harness import eventually
@@ -47,7 +47,7 @@ class Parent:
         birth = Birth(spec, self._births, self.links[0].generation, Vitals(1).pulse(0))
         child = Child(birth, self._births, 0.0)
         self.family.add(child)
-        if spec.role == "worker":
+        if spec == LEADER:
             self.links[0].holders.add(child.identity)
         return child
 
@@ -64,6 +64,12 @@ class Parent:
     def bury(self, child: Child) -> None:
         self.family.remove(child)
         self.links.part_with(child, "killed", final=False)
+        self.join()
+
+    def bury_doomed(self, child: Child) -> None:
+        """One that was ended because another rank of its instance has died."""
+        self.family.remove(child)
+        self.links.forget(child)
         self.join()
 
     def quiet(self, child: Child) -> None:
@@ -94,6 +100,7 @@ def heard(channel: Channel, count: int) -> list[Message]:
 
 ENDPOINT = ProcessSpec("endpoint")
 LEADER = ProcessSpec("worker")
+FOLLOWER = ProcessSpec("worker", rank=1)
 
 
 def test_F05_a_leader_forked_just_before_the_endpoint_died_hears_of_it_after_its_hello(
@@ -121,3 +128,29 @@ def test_F05_a_leader_that_dies_before_it_could_be_told_holds_nothing(parent: Pa
     parent.bury(leader)
     assert InstanceUp(0, 1) in heard(second, 2)
     assert not parent.links[0].broken
+
+
+def test_a_rank_that_is_reaped_late_leaves_the_new_link_alone(parent: Parent) -> None:
+    endpoint = parent.birth(ENDPOINT)
+    to_endpoint = parent.hello(endpoint)
+    assert heard(to_endpoint, 1) == [InstanceUp(0, 0)]
+    leader, follower = parent.birth(LEADER), parent.birth(FOLLOWER)
+    parent.bury(leader)
+    assert heard(to_endpoint, 1) == [InstanceDown(0, "killed", final=False)]
+    parent.quiet(endpoint)
+    assert heard(to_endpoint, 1) == [InstanceUp(0, 1)]
+    parent.bury_doomed(follower)
+    assert not parent.links[0].broken and parent.links[0].generation == 1
+    assert list(to_endpoint.receive()) == []
+
+
+def test_a_link_waits_for_the_leader_that_ends_with_another_rank(parent: Parent) -> None:
+    endpoint = parent.birth(ENDPOINT)
+    to_endpoint = parent.hello(endpoint)
+    assert heard(to_endpoint, 1) == [InstanceUp(0, 0)]
+    leader, follower = parent.birth(LEADER), parent.birth(FOLLOWER)
+    parent.bury(follower)
+    parent.quiet(endpoint)
+    assert parent.links[0].broken  # the leader has not been reaped, and may be writing to its rings
+    parent.bury_doomed(leader)
+    assert heard(to_endpoint, 2) == [InstanceDown(0, "killed", final=False), InstanceUp(0, 1)]
