@@ -118,6 +118,27 @@ def test_what_runs_through_transformers_is_planned_without_it(home: Home) -> Non
     assert done.stderr.strip() == "", "nothing heavy is loaded"
 
 
+def test_a_divided_model_is_planned_by_rank_and_refused_where_it_does_not_divide(home: Home) -> None:
+    home.backend["runtimeConfig"] = {"deviceType": "cpu", "kvCacheBlockNum": 50}
+    whole = rows(check(home))
+    home.backend["npuDeviceIds"] = [[0, 1]]
+    home.model["worldSize"] = 2
+    done = check(home)
+    assert done.returncode == 0 and done.stderr.strip() == "", "nothing heavy is loaded"
+    divided = rows(done)
+    for row in ("weights", "KV block"):
+        part, all_of_it = (float(each[row].split()[0]) for each in (divided, whole))
+        assert part == pytest.approx(all_of_it / 2, rel=0.02), row
+    assert "2 workers" in divided["memory"]
+    home.backend["npuDeviceIds"] = [[0, 1, 2]]
+    home.model["worldSize"] = 3
+    done = check(home)
+    assert done.returncode == 1
+    (finding,) = [line for line in done.stdout.splitlines() if line.startswith("[memory]")]
+    assert "worldSize=3" in finding and "num_attention_heads 4, no multiple of 3" in finding
+    assert finding.endswith("allowed: 1, 2, 4")
+
+
 def test_quantised_weights_are_counted_as_they_are_held(home: Home) -> None:
     quantize.main(["--model", str(home.model_dir), "--out", str(home.root / "q"), "--scheme", "w8a8_dynamic"])
     home.model["modelWeightPath"] = str(home.root / "q")
