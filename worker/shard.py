@@ -56,13 +56,6 @@ def check_divides(config: DecoderConfig, size: int, folder: Path, *, has_own_fam
             " not divided; allowed: 1, or more instances (modelInstanceNumber)",
             EXIT_INIT,
         )
-    if size > 1 and (config.experts is not None or config.latent is not None):
-        which = "experts" if config.experts is not None else "latent attention"
-        raise StartupError(
-            f"{_WORLD_SIZE}={size}: {file} describes a model with {which}, which this build does not divide;"
-            " allowed: 1, or more instances (modelInstanceNumber)",
-            EXIT_INIT,
-        )
     if faults := _faults(config, size):
         allowed = [str(other) for other in range(1, _MOST_RANKS + 1) if not _faults(config, other)]
         raise StartupError(
@@ -77,6 +70,8 @@ def _faults(config: DecoderConfig, size: int) -> list[str]:
         "intermediate_size": config.intermediate_size,
         "vocab_size": config.vocab_size,
     }
+    if config.experts is not None:
+        sizes["moe_intermediate_size"] = config.experts.intermediate_size
     faults = [f"{name} {count}, no multiple of {size}" for name, count in sizes.items() if count % size]
     kv_heads = config.num_kv_heads
     if kv_heads % size and size % kv_heads:

@@ -16,6 +16,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.settings import ModelSettings, ScheduleSettings
 from worker.runner import ModelRunner
+from worker.shard import Shard
 
 BLOCK_SIZE = 8
 MAX_SEQ_LEN = 128
@@ -174,11 +175,18 @@ class Harness:
     """A runner with its cache, and sequences that own disjoint, shuffled blocks."""
 
     def __init__(
-        self, folder: Path, model: ModelSettings = MODEL, schedule: ScheduleSettings = SCHEDULE
+        self,
+        folder: Path,
+        model: ModelSettings = MODEL,
+        schedule: ScheduleSettings = SCHEDULE,
+        join: tuple[Shard, Path] | None = None,
     ) -> None:
+        """`join`: this process is one rank of several, which meet at the file."""
         self.runner = ModelRunner(
             replace(model, weight_path=folder), schedule, 0, lambda phase, fraction: None
         )
+        if join is not None:
+            self.runner.join(*join, timeout_s=60.0)
         self.runner.load()
         self.runner.allocate(NUM_BLOCKS)
         self._free = np.random.default_rng(7).permutation(NUM_BLOCKS).tolist()

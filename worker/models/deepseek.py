@@ -33,20 +33,20 @@ class LatentAttention:
         """`prefix`: of the layer."""
         assert config.latent is not None
         self._latent = latent = config.latent
-        self._heads = config.num_heads
+        self._heads = reader.shard.count(config.num_heads)
         self._ops = reader.row_ops
         inner = f"{prefix}self_attn."
         if latent.q_rank is None:
             self._q_a = self._q_norm = None
-            self._q = reader.adapted(prefix, _Q)
+            self._q = reader.column_parallel(prefix, _Q, units=(config.num_heads,))
         else:
             self._q_a = reader.adapted(prefix, _Q_A, bias=config.qkv_bias)
             self._q_norm = reader.norm(inner, "q_a_layernorm", ["q_b_proj"], _EPS)
-            self._q = reader.adapted(inner, "q_b_proj")
+            self._q = reader.column_parallel(inner, "q_b_proj", units=(config.num_heads,))
         self._kv_a = reader.adapted(prefix, _KV_A, bias=config.qkv_bias)
         self._kv_norm = reader.norm(inner, "kv_a_layernorm", ["kv_b_proj"], _EPS)
         self._to_latent, self._from_latent = _absorbed(config.num_heads, latent, reader, f"{inner}kv_b_proj")
-        self._output = reader.adapted(inner, "o_proj", bias=config.output_bias)
+        self._output = reader.row_parallel(inner, "o_proj", bias=config.output_bias, units=config.num_heads)
         # a backend scales by the width of what is cached
         self._query_scale = latent.scale * config.head_dim**0.5
 
@@ -87,12 +87,12 @@ def _absorbed(
     num_heads: int, latent: LatentConfig, reader: WeightReader, module: str
 ) -> tuple[Headwise, Headwise]:
     """What takes the plain part of queries to the latent space, and what brings values out of it, by head."""
-    weight = reader.floating(module).view(num_heads, latent.plain_dim + latent.value_dim, -1)
+    weight = reader.heads_of(module, num_heads).view(-1, latent.plain_dim + latent.value_dim, latent.kv_rank)
     keys, values = weight[:, : latent.plain_dim], weight[:, latent.plain_dim :]
     pack = reader.platform.pack_linear
     return (
-        Headwise([pack(keys[head].t().contiguous(), None) for head in range(num_heads)]),
-        Headwise([pack(values[head].contiguous(), None) for head in range(num_heads)]),
+        Headwise([pack(key.t().contiguous(), None) for key in keys]),
+        Headwise([pack(value.contiguous(), None) for value in values]),
     )
 
 

@@ -104,11 +104,11 @@ class SelfAttention:
 
 
 class GatedMlp:
-    def __init__(self, reader: WeightReader, prefix: str, bias: bool = False) -> None:
-        """`prefix`: of its own."""
+    def __init__(self, reader: WeightReader, prefix: str, bias: bool = False, *, whole: bool = True) -> None:
+        """`prefix`: of its own. `whole`: False leaves the result this rank's share of a sum."""
         self._ops = reader.row_ops
         self._gate_up = reader.column_parallel(prefix, "gate_proj", "up_proj", bias=bias)
-        self._down = reader.row_parallel(prefix, "down_proj", bias=bias)
+        self._down = reader.row_parallel(prefix, "down_proj", bias=bias, whole=whole)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""

@@ -50,9 +50,11 @@ class SparseForCausalLM(LlamaForCausalLM):
             cls._experts(experts, reader, f"model.layers.{index}."),
             reader.row_ops,
         )
-        if not experts.shared_intermediate_size:
-            return routed
-        return WithShared(routed, GatedMlp(reader, f"{prefix}shared_experts."))
+        mlp: Mlp = routed
+        if experts.shared_intermediate_size:
+            mlp = WithShared(routed, GatedMlp(reader, f"{prefix}shared_experts.", whole=False))
+        # each rank has a part of every expert: one sum over the ranks for all that a token goes to
+        return mlp if reader.shard.size == 1 else lambda x: reader.group.sum(mlp(x))
 
     @staticmethod
     def _router(experts: ExpertsConfig, reader: WeightReader, module: str) -> Router:
@@ -76,7 +78,7 @@ class SparseForCausalLM(LlamaForCausalLM):
             with reader.holding():
                 for number in range(first, min(first + _EXPERTS_AT_ONCE, experts.num_experts)):
                     at = f"{prefix}{cls.names.expert(number)}"
-                    packed.append((reader.linear(at, gate, up), reader.linear(at, down)))
+                    packed.append(reader.expert(at, gate, up, down))
         return packed
 
     @classmethod

@@ -186,6 +186,24 @@ class WeightReader:
         layer = self._adapted([name], bias)
         return SummedLinear(layer, self.group) if whole and self.shard.size > 1 else layer
 
+    def expert(self, prefix: str, gate: str, up: str, down: str) -> tuple[Linear, Linear]:
+        """Of an expert's MLP this rank's share: gate and up merged, and down, whose results are to be summed.
+
+        As column-parallel and row-parallel layers, but closed to adapters.
+        """
+        for name in (gate, up):
+            length = self._checkpoint.stored_shape(f"{prefix}{name}.weight")[0]
+            self._checkpoint.read_only(f"{prefix}{name}", outputs=self.shard.part(length))
+        length = self._checkpoint.stored_shape(f"{prefix}{down}.weight")[1]
+        self._checkpoint.read_only(f"{prefix}{down}", inputs=self.shard.part(length))
+        return self.linear(prefix, gate, up), self.linear(prefix, down)
+
+    def heads_of(self, module: str, heads: int) -> Tensor:
+        """The weight of a layer that is taken apart, of this rank's share of its `heads`, as `floating`."""
+        length = self._checkpoint.stored_shape(f"{module}.weight")[0]
+        self._checkpoint.read_only(module, outputs=self.shard.part(length, heads))
+        return self.floating(module)
+
     def _adapted(self, names: Sequence[str], bias: bool) -> AdaptedLinear:
         layer = AdaptedLinear(self.linear("", *names, bias=bias), self.step_adapters)
         start = 0
