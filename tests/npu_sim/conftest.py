@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPO / "scripts"))
 environment = importlib.import_module("npu_stand_in.environment")
 unavailable = importlib.import_module("npu_stand_in.unavailable")
 
-_LEVEL_TAKES_AT_MOST_S = 100.0
+_LEVEL_TAKES_AT_MOST_S = 280.0  # some 20 on a machine with nothing else to do
 
 
 @pytest.fixture(scope="session")
