@@ -29,6 +29,7 @@ _AS_THEY_ARE = {
     "aten::resize_", "aten::set_", "aten::record_stream", "aten::is_pinned", "aten::lift_fresh",
     "npu::_npu_fused_infer_attention_score_get_max_workspace",
     "npu::_npu_fused_infer_attention_score_infer_output", "npu::npu_change_data_ptr",
+    "npu::get_npu_format", "npu::get_storage_size",
 }  # fmt: skip
 # The shape of the result hangs on what a kernel finds: the front end reads it where no kernel has written.
 _SHAPED_BY_VALUES = {

@@ -114,3 +114,36 @@ def test_limits_that_the_front_end_lets_pass_are_kept() -> None:
     table = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"query is torch\.float32"):
         attend(q, cache, table, [1])
+
+
+def test_a_weight_in_fractal_nz_multiplies_as_it_did() -> None:
+    """The numbers; the order in which a chip has them in memory is not modelled."""
+    torch.npu.config.allow_internal_format = True  # type: ignore[attr-defined]
+    weight, x = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((64, 96), (5, 64)))
+    scale, per_token = torch.full((96,), 1e-3), torch.rand(5)
+    cast = torch_npu.npu_format_cast(weight.to(DEVICE), 29)
+    assert int(torch_npu.get_npu_format(cast)) == 29 and torch.equal(cast.cpu(), weight)
+    found = torch_npu.npu_quant_matmul(
+        x.to(DEVICE), cast, scale.to(DEVICE), pertoken_scale=per_token.to(DEVICE), output_dtype=torch.bfloat16
+    )
+    exact = (x.float() @ weight.float()) * scale * per_token.unsqueeze(1)
+    assert torch.equal(found.cpu(), exact.bfloat16())
+
+
+@torch.inference_mode()  # with gradients torch_npu goes another way
+def test_the_operators_of_experts_take_what_the_one_before_gives() -> None:
+    """Types and shapes between them are those of torch_npu's front end."""
+    tokens, logits, weights = (torch.randn(shape).bfloat16() for shape in ((5, 64), (5, 8), (8, 64, 32)))
+    shares, chosen, _ = torch_npu.npu_moe_gating_top_k_softmax(logits.to(DEVICE), k=2)
+    rows, where, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        tokens.to(DEVICE), chosen, active_num=10, expert_num=8, expert_tokens_num_type=1,
+        expert_tokens_num_flag=True, active_expert_range=[0, 8], quant_mode=-1,
+    )  # fmt: skip
+    (products,) = torch_npu.npu_grouped_matmul(
+        [rows], [weights.to(DEVICE)], group_list=counts, split_item=2, group_type=0, group_list_type=1
+    )
+    found = torch_npu.npu_moe_token_unpermute(products, where, shares).cpu().float()
+    every = torch.einsum("th,ehn->ten", tokens.float(), weights.float())
+    full = torch.zeros(5, 8).scatter_(1, chosen.cpu().long(), shares.cpu().float())
+    # products are rounded to bfloat16 before they are added
+    torch.testing.assert_close(found, torch.einsum("ten,te->tn", every, full), rtol=0.02, atol=0.02 * 8)
