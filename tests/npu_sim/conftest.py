@@ -37,6 +37,7 @@ def run_level(stand_in: Any) -> Callable[..., None]:
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short",
+            "--timeout=0",  # the level as a whole has a limit
             # torch_npu warns of itself while it is imported
             "-o", "filterwarnings=ignore", str(Path(__file__).parent / name),
         ]  # fmt: skip
