@@ -77,11 +77,12 @@ def run_worker(given: WorkerContext) -> NoReturn:
         )
 
     followers = step_sender(given)
+    sampler = Sampler(runner.vocab_size, runner.eos_token_ids, grammars, runner.device_draw)
     blocks = BlockManager(num_blocks, schedule.block_size, prefix_cache=schedule.prefix_cache)
     core = EngineCore(
         wire.instance,
         make_scheduler(schedule, blocks, runner.eos_token_ids, SwapSpace(runner.num_host_blocks)),
-        LeaderExecutor(runner, Sampler(runner.vocab_size, runner.eos_token_ids, grammars), followers),
+        LeaderExecutor(runner, sampler, followers),
         open_link(given, greeting),
         watched(given),
         adapters=runner.adapters

@@ -21,6 +21,7 @@ from worker.attention.registry import make_attention
 from worker.batch import make_batch, split_by_arithmetic, split_plan
 from worker.cache_size import activation_bytes, count_blocks, count_host_blocks, holds_int8
 from worker.config_values import ConfigValues
+from worker.device_draw import DeviceDraw
 from worker.hf_config import eos_token_ids
 from worker.kv_cache import KvCache, KvSpec
 from worker.loader import Checkpoint
@@ -174,6 +175,12 @@ class ModelRunner:
         sharers = self._num_workers if self._platform.shares_memory else 1
         share = self._platform.memory().available // sharers
         self._count_blocks(available_bytes=share - self.weight_bytes - self._other_bytes())
+
+    @property
+    def device_draw(self) -> DeviceDraw | None:
+        """How tokens are drawn where the logits are; None: that is no gain here."""
+        keep = self._platform.top_k_top_p
+        return None if keep is None else DeviceDraw(keep)
 
     @property
     def device_name(self) -> str:

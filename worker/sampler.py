@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.executor import NO_CONTINUATION, NO_TOKEN, NOT_YET
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from worker.device_draw import DeviceDraw
 from worker.grammar import Bits, GrammarBook, NoContinuation, NotYet
 
 log = logging.getLogger("llm.sampler")
@@ -29,9 +30,17 @@ _PROBABLE = 1024  # tokens looked at first for top_p: nearly always enough, a te
 
 class Sampler:
     def __init__(
-        self, vocab_size: int, eos_token_ids: Seq[int] = (), grammars: GrammarBook | None = None
+        self,
+        vocab_size: int,
+        eos_token_ids: Seq[int] = (),
+        grammars: GrammarBook | None = None,
+        device_draw: DeviceDraw | None = None,
     ) -> None:
-        """`grammars`: needed for sequences with a grammar or a thinking budget."""
+        """`grammars`: needed for sequences with a grammar or a thinking budget.
+
+        `device_draw`: for the rows that it takes; None: it is no gain where the logits are.
+        """
+        self._device_draw = device_draw
         self._grammars = grammars
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
@@ -75,11 +84,36 @@ class Sampler:
             if guessed_before is not None:
                 positions += guessed_before[rows].astype(np.uint64)
             uniforms = uniform(np.array([sequence.seed for sequence in own], np.uint64), positions)
-            copies = self._copy(logits, rows)
-            tokens[rows] = [
-                self._guarded_row(*row) for row in zip(copies, own, uniforms.tolist(), strict=True)
-            ]
+            if self._device_draw is not None:
+                there = np.array([self._device_draw.takes(sequence.params) for sequence in own])
+                rows = self._draw_there(logits, np.array(rows), own, uniforms, there, tokens)
+                own = [sequence for sequence, taken in zip(own, there, strict=True) if not taken]
+                uniforms = uniforms[~there]
+            if rows:
+                copies = self._copy(logits, rows)
+                tokens[rows] = [
+                    self._guarded_row(*row) for row in zip(copies, own, uniforms.tolist(), strict=True)
+                ]
         return tokens
+
+    def _draw_there(
+        self,
+        logits: Tensor,
+        rows: NDArray[np.int64],
+        own: Seq[Sequence],
+        uniforms: NDArray[np.float64],
+        there: NDArray[np.bool_],
+        tokens: NDArray[np.int32],
+    ) -> list[int]:
+        """Write the tokens of the rows that are drawn on the device -> the other rows."""
+        assert self._device_draw is not None
+        if there.any():
+            wanted = [own[row].params for row in np.flatnonzero(there).tolist()]
+            taken = rows[there]
+            index = torch.from_numpy(taken).to(logits.device)
+            tokens[taken] = self._device_draw(logits.index_select(0, index), wanted, uniforms[there])
+        left: list[int] = rows[~there].tolist()
+        return left
 
     def _copy(self, logits: Tensor, rows: list[int]) -> Floats:
         """The rows as float32 in a buffer that is reused: fresh megabytes are page-faulted in."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from worker.attention.base import AttentionSpec
+from worker.device_draw import TopKTopP
 from worker.layers.linear import StepArithmetic
 from worker.layers.quantized import QuantisedWeight
 from worker.layers.row_ops import RowOps
@@ -26,6 +27,10 @@ class Platform(Protocol):
     row_ops: RowOps
     arithmetic: StepArithmetic  # of all layers this platform packs
     enough_rows: int  # with more in a product none of them is computed sooner
+
+    @property
+    def top_k_top_p(self) -> TopKTopP | None:
+        """A fused filter of logits; None: rows are better copied to the host and filtered there."""
 
     @property
     def device(self) -> torch.device: ...

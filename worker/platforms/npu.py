@@ -18,6 +18,7 @@ from torch.nn import functional
 from engine.errors import EXIT_INIT, StartupError
 from worker.attention.base import AttentionSpec
 from worker.attention.npu import refusal
+from worker.device_draw import TopKTopP
 from worker.layers.linear import PlainLinear, StepArithmetic
 from worker.layers.quantized import QuantisedWeight
 from worker.layers.row_ops import RowOps
@@ -44,6 +45,10 @@ class NpuPlatform:
         self.row_ops: RowOps = NpuRowOps()
         self.arithmetic = StepArithmetic()
         self._device = torch.device("cpu")  # until there is another
+
+    @property
+    def top_k_top_p(self) -> TopKTopP:
+        return keep_top_k_top_p
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +148,12 @@ class NpuPlatform:
 
     def describe(self) -> str:
         return f"{self._device}, {self._chip}, torch_npu operators"
+
+
+def keep_top_k_top_p(logits: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """See `TopKTopP`."""
+    kept: Tensor = torch.ops.npu.npu_top_k_top_p(logits, p=top_p, k=top_k)
+    return kept
 
 
 def load_torch_npu() -> Any:
