@@ -18,7 +18,7 @@ from engine.settings import ModelSettings, ScheduleSettings
 from engine.wire.keepsake import Keepsake
 from worker.attention.base import AttentionBackend, AttentionSpec
 from worker.attention.registry import make_attention
-from worker.batch import make_batch, split_by_arithmetic, split_plan
+from worker.batch import Batch, make_batch, split_by_arithmetic, split_plan
 from worker.cache_size import activation_bytes, count_blocks, count_host_blocks, holds_int8
 from worker.config_values import ConfigValues
 from worker.device_draw import DeviceDraw
@@ -28,6 +28,7 @@ from worker.loader import Checkpoint
 from worker.lora_table import LoraTable
 from worker.models.registry import model_class
 from worker.parallel import Alone, ParallelGroup, join_group
+from worker.platforms.base import StepGraphs
 from worker.platforms.registry import select_platform
 from worker.prompt_logprobs import PromptScorer
 from worker.shard import Shard, check_divides
@@ -219,7 +220,11 @@ class ModelRunner:
 
     def allocate(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
-        self._cache = KvCache(self._kv_spec, num_blocks, self._platform.device)
+        self._graphs = self._platform.step_graphs(
+            self._schedule.max_batch_size, self.max_seq_len, self._schedule.block_size
+        )
+        spare = self._graphs.spare_blocks if self._graphs else 0
+        self._cache = KvCache(self._kv_spec, num_blocks + spare, self._platform.device)
         self._host_cache = KvCache(self._kv_spec, self.num_host_blocks, torch.device("cpu"))
 
     def swap(self, plan: StepPlan) -> None:
@@ -247,6 +252,8 @@ class ModelRunner:
         for reproducible in (self._dummy(longest, 0), self._dummy(1, 0)):
             reproducible.params = replace(reproducible.params, reproducible=True)
             self.forward(build_plan(StepKind.PREFILL, [reproducible], self._schedule.block_size))
+        if self._graphs is not None:
+            self._capture(self._graphs)
         self._progress("warm-up", 1.0)
 
     @torch.inference_mode()
@@ -272,7 +279,16 @@ class ModelRunner:
             logits += [self._forward(piece, attention, prompts) for piece in pieces]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
+    @torch.inference_mode()
+    def _capture(self, graphs: StepGraphs) -> None:
+        def compute(batch: Batch) -> Tensor:
+            return self._model.logits(self._model.forward(batch, self._attention, self._cache))
+
+        graphs.capture(compute, self._attention, self._platform.device, spare_from=self._num_blocks)
+
     def _forward(self, plan: StepPlan, attention: AttentionBackend, prompts: PromptScorer | None) -> Tensor:
+        if self._graphs is not None and prompts is None and self._graphs.serves(plan):
+            return self._graphs.forward(plan)
         batch = make_batch(plan, self._platform.device)
         attention.begin_step(batch, self._schedule.block_size)
         self.adapters.begin_step(plan, batch)

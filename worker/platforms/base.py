@@ -8,7 +8,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from worker.attention.base import AttentionSpec
+from engine.plan import StepPlan
+from worker.attention.base import AttentionBackend, AttentionSpec
+from worker.batch import Batch
 from worker.device_draw import TopKTopP
 from worker.layers.linear import StepArithmetic
 from worker.layers.quantized import QuantisedWeight
@@ -18,6 +20,27 @@ from worker.platforms.memory_limits import MemoryInfo
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Linear = Callable[[Tensor], Tensor]  # [rows, in] -> [rows, out]
 Lookup = Callable[[Tensor], Tensor]  # int [T] -> [T, hidden]
+
+
+class StepGraphs(Protocol):
+    """Steps of a model recorded beforehand: `capture` once, then `forward` where it `serves`."""
+
+    spare_blocks: int  # behind the blocks of the cache, for rows that are nobody's
+
+    def capture(
+        self,
+        compute: Callable[[Batch], Tensor],
+        attention: AttentionBackend,
+        device: torch.device,
+        spare_from: int,
+    ) -> None:
+        """`compute`: a batch -> logits of its rows, by `attention`. Writes into the spare blocks."""
+
+    def serves(self, plan: StepPlan) -> bool:
+        """Whether the step has been recorded."""
+
+    def forward(self, plan: StepPlan) -> Tensor:
+        """Logits of each row, [R, vocab], in the plan's order; valid until the next step."""
 
 
 class Platform(Protocol):
@@ -75,6 +98,9 @@ class Platform(Protocol):
 
     def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
         """As `pack_linear`; the layer takes and gives `dtype`."""
+
+    def step_graphs(self, max_rows: int, max_seq_len: int, block_size: int) -> StepGraphs | None:
+        """For decode steps of up to so many rows; None: the device gains nothing by them."""
 
     @property
     def independent_rows(self) -> bool:

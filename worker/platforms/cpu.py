@@ -167,6 +167,9 @@ class CpuPlatform:
             self._row_sizes[kind] = equal_sizes(narrow, given.dense().to(dtype), given.bias)
         return InvariantLinear(fast, narrow, self._row_sizes[kind], self.arithmetic)
 
+    def step_graphs(self, max_rows: int, max_seq_len: int, block_size: int) -> None:
+        """Launching costs next to nothing here."""
+
     @property
     def independent_rows(self) -> bool:
         return all(chosen.native for chosen in self._kernels.values()) and self._int8_scratch is None

@@ -22,14 +22,17 @@ from worker.device_draw import TopKTopP
 from worker.layers.linear import PlainLinear, StepArithmetic
 from worker.layers.quantized import QuantisedWeight
 from worker.layers.row_ops import RowOps
-from worker.platforms.base import DTypeName, Linear, Lookup
+from worker.platforms.base import DTypeName, Linear, Lookup, StepGraphs
 from worker.platforms.memory_limits import MemoryInfo
 from worker.platforms.npu_chips import SERVED, generation_of
+from worker.platforms.npu_graph import DecodeGraphs
 from worker.platforms.npu_linears import quantised_linear
 from worker.platforms.npu_row_ops import NpuRowOps
 from worker.platforms.npu_start import VISIBLE, ask_driver, check_answer, visible_device
 
 log = logging.getLogger("llm.platform")
+
+GRAPHS = "MINDIE_NPU_GRAPHS"  # "0": none, to find out whether they are at fault
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -131,6 +134,12 @@ class NpuPlatform:
 
     def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
         return quantised_linear(given, dtype, self._device)
+
+    def step_graphs(self, max_rows: int, max_seq_len: int, block_size: int) -> StepGraphs | None:
+        if os.environ.get(GRAPHS) == "0":
+            log.warning("%s=0: decode steps run without graphs", GRAPHS)
+            return None
+        return DecodeGraphs(self._npu, max_rows, max_seq_len, block_size)
 
     @property
     def independent_rows(self) -> bool:

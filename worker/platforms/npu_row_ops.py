@@ -26,7 +26,6 @@ class NpuRowOps:
 
     def __init__(self) -> None:
         self._rotation: _Rotation | None = None
-        self._index = torch.empty(0, dtype=torch.int64)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is None:
@@ -71,13 +70,12 @@ class NpuRowOps:
         """All layers of a step are given the same tensors, so this is made once for them."""
         if self._rotation is None or self._rotation.source is not cos:
             tokens, _, head_dim = cos.shape
-            if len(self._index) < tokens:
-                self._index = torch.arange(tokens, device=cos.device)
             plain = sin[..., head_dim // 2 :]  # the second half has no sign
             self._rotation = _Rotation(
                 cos,
                 torch.cat((cos[..., : head_dim // 2], plain), dim=-1)[:, 0],
-                self._index[:tokens],
+                # of the step too: a captured one must not read what outside of it is given up some day
+                torch.arange(tokens, device=cos.device),
                 cos[None],
                 torch.cat((plain, plain), dim=-1)[None],
             )
