@@ -87,7 +87,7 @@ class LeaderExecutor:
                     "out of memory for %d tokens of request %d", row.num_tokens, row.sequences[0].request_id
                 )
                 width = self.runner.vocab_size if plan.samples else 0
-                own = torch.full((1, width), torch.nan, dtype=self.runner.dtype)
+                own = torch.full((1, width), torch.nan, dtype=self.runner.dtype, device=self.runner.device)
                 if index not in sampled:
                     failed += row.sequences
             else:

@@ -184,6 +184,11 @@ class ModelRunner:
         return None if keep is None else DeviceDraw(keep)
 
     @property
+    def device(self) -> torch.device:
+        """Where logits are."""
+        return self._platform.device
+
+    @property
     def device_name(self) -> str:
         return self._platform.name
 
