@@ -22,6 +22,10 @@ class Draft:
         self._sample_rows: list[int] = []
         self._guessed: list[int] = []  # of each row
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._rows
+
     def continue_all(self, group: SequenceGroup, guesses: Mapping[Sequence, int] | None = None) -> None:
         """The uncomputed tokens of every branch, and the next one of each.
 

@@ -98,10 +98,10 @@ class MixScheduler(Scheduler):
                 break
             self._allocate(group)
             self._start([group])
-            self._take_chunk(group, draft)
+            if self._take_chunk(group, draft):
+                started.append(group)
             num_partial += group.prefilling
             num_long += group.prefilling and self._is_long(group)
-            started.append(group)
         return started
 
     def _has_place(self, group: SequenceGroup) -> bool:
@@ -120,7 +120,10 @@ class MixScheduler(Scheduler):
         missing = dict(_uncomputed(group))
         group.prefilling = sum(missing.values()) > room
         if not missing:  # all that was to be computed again is in the prefix cache
+            if len(group.live) > self._budget and not draft.is_empty:
+                return False  # it decodes with the next step
             draft.continue_all(group)
+            self._budget -= len(group.live)
             return True
         if not (group.prefilling or group.has_output):
             draft.begin(group)

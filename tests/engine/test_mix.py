@@ -37,7 +37,7 @@ def lengths(served: Machine) -> list[list[int]]:
     return [np.diff(plan.query_start).tolist() for plan in served.plans]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     requests=st.lists(asks(TEXTS), min_size=1, max_size=10),
     num_blocks=st.sampled_from((20, 26, 64)),
@@ -228,3 +228,19 @@ def test_a_step_that_was_disturbed_counts_for_nothing() -> None:
         pacer.note(8, 0, seconds)
         pacer.note(8, 32, 0.1 + seconds)
     assert pacer.tokens(8) == 24  # 0.12 s are worth 38 tokens, and 40 + 8 would be too many
+
+
+def test_who_comes_back_from_the_prefix_cache_counts_in_the_budget() -> None:
+    """Nothing of it is computed again, so it decodes at once, beside a piece that has filled the step."""
+    text = (85, 64, 51, 27, 31, 5, 8, 2, 18, 81, 65, 91, 50, 61, 97, 73, 63, 54, 56, 93, 28, 81, 67, 1, 40,
+            85, 55, 4, 76, 73, 84, 18, 9, 86, 3)  # fmt: skip
+    other = (47, 51, 75, 95, 4, 15, 82, 94, 25, 31, 87, 42, 28, 82, 26, 41, 64, 55, 9, 3, 86, 75, 83, 54,
+             81, 33, 45, 79, 13, 31, 13, 45, 97)  # fmt: skip
+    asks = [*[Ask(text[:1], 1)] * 6, Ask(text[:6], 1, turn=1), Ask(text[:1], 1, turn=1)]
+    asks += [Ask(other, 9, ignore_eos=True), Ask(text, 3, salt=b"a")]
+    mix = MixSettings(chunk_size=0, max_partial=1, long_threshold=10, max_long_partial=1)
+    served = Machine(
+        replace(LIMITS, mix=mix, max_prefill_tokens=7, prefix_cache=True, max_preempt_count=2), 20
+    )
+    served.serve(asks)
+    assert [1, 6] in lengths(served) and max(map(sum, lengths(served))) == 7
