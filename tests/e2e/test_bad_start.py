@@ -137,13 +137,20 @@ def test_truncated_weights_end_the_start_with_one_line(make_daemon: MakeDaemon, 
     assert_refused(make_daemon(model=model), 1, f"{weights}: ", "expected", "cut short")
 
 
-def test_an_unknown_architecture_lists_the_known_ones(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [("T5ForConditionalGeneration", "LlamaForCausalLM"), ("MambaForCausalLM", "Qwen2ForCausalLM's")],
+)
+def test_an_architecture_that_cannot_be_served(
+    make_daemon: MakeDaemon, tmp_path: Path, architecture: str, told: str
+) -> None:
+    """The first lists those that can; the second is not what model_type says."""
     model = copy_of_the_model(tmp_path)
     config = model / "config.json"
-    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "MambaForCausalLM"))
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", architecture))
     daemon = make_daemon(model=model).start()
     assert daemon.wait() == 5
-    assert "MambaForCausalLM" in daemon.stderr and "LlamaForCausalLM" in daemon.stderr
+    assert architecture in daemon.stderr and told in daemon.stderr
 
 
 def test_too_few_cache_blocks_say_how_many_are_needed(make_daemon: MakeDaemon) -> None:

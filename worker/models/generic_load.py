@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from engine.errors import EXIT_INIT, StartupError
+from worker.config_values import ConfigValues
 from worker.loader import Checkpoint
 
 log = logging.getLogger("llmmodels.generic")
@@ -48,6 +49,11 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, interface: Any) -> An
         raise refusal(checkpoint, _NO_INTERFACE if interface.name in error.args else error) from error
     except Exception as error:  # a directory from elsewhere may break any assumption of the library
         raise refusal(checkpoint, error) from error
+    named = ConfigValues.read(checkpoint.folder / "config.json").texts("architectures")
+    if type(model).__name__ not in named:  # transformers goes by model_type
+        raise refusal(
+            checkpoint, f"its architectures are {named}, its model_type is {type(model).__name__}'s"
+        )
     if not model._supports_attention_backend:
         raise refusal(checkpoint, _NO_INTERFACE)
     if model.base_model is model:
