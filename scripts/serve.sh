@@ -338,6 +338,8 @@ follow_start() {
 explain_failure() {
     local code=0 cause
     wait "$daemon_pid" || code=$?
+    # it ends like that only when it is told to; bash may have missed the Ctrl+C that told both
+    ((code)) || die "the service was stopped before it was ready"
     # errors of the log, and what was written as it is: findings about the configuration, tracebacks
     cause=$(grep -vE '^(nohup: .*|\[[^]]*\] \[[0-9]+\] \[[0-9]+\] \[[a-z]+\] \[(DEBUG|INFO|WARN)\] .*)?$' \
         "$home/output.log" | sed -E 's/^\[[^]]*\] \[[0-9]+\] \[[0-9]+\] \[[a-z]+\] (\[[A-Z]+\]) \[[^]]*\] : /\1 /' |
@@ -347,7 +349,7 @@ explain_failure() {
         printf '%s\n' "${cause:-$(tail -n 15 "$home/output.log")}" | sed 's/^/    /'
         printf 'The whole log: %s\n' "$home/output.log"
     } >&2
-    exit "$((code == 0 ? 1 : code))"
+    exit "$code"
 }
 
 # Tells where the service is, as the service itself reads its configuration.
