@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from struct import Struct
 
 import numpy as np
@@ -137,7 +137,7 @@ def _stand_in(names: list[str], flags: int, name: int, num_prompt: int, num_told
 _NO_TOKENS: NDArray[np.int32] = np.empty(0, np.int32)
 
 
-@cache
+@lru_cache(maxsize=256)  # names of adapters come and go
 def _params(lora: str, reproducible: bool, owes_scores: bool) -> SamplingParams:
     return SamplingParams(
         max_tokens=0, lora=lora, reproducible=reproducible, prompt_logprobs=0 if owes_scores else -1

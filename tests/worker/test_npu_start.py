@@ -98,20 +98,20 @@ def test_one_device_is_left_visible(device: int, visible: str | None, want: str)
 
 
 @pytest.mark.parametrize(
-    ("chip", "name", "serves", "bfloat16"),
+    ("chip", "name", "serves"),
     [
-        ("Ascend910B1", "A2", True, True),
-        ("Ascend910B4-1", "A2", True, True),
-        ("Ascend910_9391", "A3", True, True),
-        ("Ascend310P3", "310P", False, False),
-        ("Ascend910B", "910 of the first generation", False, False),
-        ("Ascend910ProB", "910 of the first generation", False, False),
+        ("Ascend910B1", "A2", True),
+        ("Ascend910B4-1", "A2", True),
+        ("Ascend910_9391", "A3", True),
+        ("Ascend310P3", "310P", False),
+        ("Ascend910B", "910 of the first generation", False),
+        ("Ascend910ProB", "910 of the first generation", False),
     ],
 )
-def test_generations(chip: str, name: str, serves: bool, bfloat16: bool) -> None:
+def test_generations(chip: str, name: str, serves: bool) -> None:
     generation = generation_of(chip)
     assert generation is not None
-    assert (generation.name, generation.serves, generation.bfloat16) == (name, serves, bfloat16)
+    assert (generation.name, generation.serves) == (name, serves)
 
 
 def test_a_chip_that_nobody_knows() -> None:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 class Generation:
     name: str
     serves: bool  # whether it has the operators that worker/attention/npu.py calls
-    bfloat16: bool
 
 
 # The descriptions of npu_scatter_pa_kv_cache and npu_fused_infer_attention_score name A2 and A3 alone.
-_A3 = Generation("A3", serves=True, bfloat16=True)
-_A2 = Generation("A2", serves=True, bfloat16=True)
-_INFERENCE = Generation("310P", serves=False, bfloat16=False)
-_FIRST = Generation("910 of the first generation", serves=False, bfloat16=False)
+_A3 = Generation("A3", serves=True)
+_A2 = Generation("A2", serves=True)
+_INFERENCE = Generation("310P", serves=False)
+_FIRST = Generation("910 of the first generation", serves=False)
 
 # Tried in this order: "Ascend910B" by itself is an old chip, "Ascend910B1" to "Ascend910B4-1" are not.
 _NAMES: tuple[tuple[str, Generation], ...] = (

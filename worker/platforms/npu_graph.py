@@ -118,9 +118,8 @@ class DecodeGraphs:
         self._spare_from = spare_from
         pool = self._npu.graph_pool_handle()
         try:
-            for rows in reversed(
-                self._sizes
-            ):  # the smaller ones fit into what the largest leaves of the pool
+            # the smaller ones fit into what the largest leaves of the pool
+            for rows in reversed(self._sizes):
                 step = StaticStep(
                     torch.zeros(rows * (3 + self._width), dtype=torch.int32, device=device), rows, self._width
                 )
