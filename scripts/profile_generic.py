@@ -11,7 +11,6 @@ are of the processor, else of the clock.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -29,13 +28,11 @@ import torch
 
 from engine.errors import StartupError
 from engine.settings import ScheduleSettings
-from scripts.profile_kernels import BLOCK_SIZE, Step
-from scripts.profile_step import load_runner, schedule_settings
+from scripts.profile_kernels import Step, parse_args, planned
+from scripts.profile_step import load_runner
 from worker.config_values import ConfigValues
 from worker.models.table import GENERIC, MODELS, family_of
 from worker.runner import ModelRunner
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +74,10 @@ def table(figures: dict[Step, Figures]) -> str:
     return "\n".join(lines)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=REPOSITORY / "models" / "mindie-tiny")
-    parser.add_argument("--batch", default="1,8,32", help="sequences decoded together (1,8,32)")
-    parser.add_argument("--context", type=int, default=256, help="tokens of each (256)")
-    parser.add_argument("--prefill", type=int, default=256, help="tokens of a prompt (256)")
-    parser.add_argument("--turns", type=int, default=10, help="of each step (10); a prompt has a third")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: one per core")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 2 when the model cannot be run, or runs in one way only."""
-    args = parse_args(argv)
-    sizes = [int(size) for size in args.batch.split(",")]
-    steps = [Step(f"decode {size}", size, args.context - 1, 1) for size in sizes]
-    steps.append(Step(f"prefill {args.prefill}", 1, 0, args.prefill))
-    limits = schedule_settings(max(sizes), max(args.context, args.prefill), 1, BLOCK_SIZE)
+    args = parse_args(argv, __doc__, tokens=256)
+    steps, limits = planned(args)
     try:
         if family_of(ConfigValues.read(args.model / "config.json"))[1] is GENERIC:
             raise ValueError(f"{args.model} has no family of its own")

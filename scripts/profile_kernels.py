@@ -155,29 +155,35 @@ def load_without_kernels(model: Path, limits: ScheduleSettings, threads: int) ->
         library.all_kernels = found
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None, description: str | None, tokens: int) -> argparse.Namespace:
+    """`tokens`: of a prompt and of each sequence, unless something else is said."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=REPOSITORY / "models" / "mindie-tiny")
     parser.add_argument("--batch", default="1,8,32", help="sequences decoded together (1,8,32)")
-    parser.add_argument("--context", type=int, default=512, help="tokens of each (512)")
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of a prompt (512)")
+    parser.add_argument("--context", type=int, default=tokens, help=f"tokens of each ({tokens})")
+    parser.add_argument("--prefill", type=int, default=tokens, help=f"tokens of a prompt ({tokens})")
     parser.add_argument("--turns", type=int, default=10, help="of each step (10); a prompt has a third")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: one per core")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0; 2 when the model cannot be run, or nothing is compiled."""
-    args = parse_args(argv)
-    if library.kernels() is None:
-        print("there are no compiled kernels: python worker/native/build.py", file=sys.stderr)
-        return 2
+def planned(args: argparse.Namespace) -> tuple[list[Step], ScheduleSettings]:
+    """The steps to measure, and limits that admit them."""
     sizes = [int(size) for size in args.batch.split(",")]
     steps = [Step(f"decode {size}", size, args.context - 1, 1) for size in sizes]
     steps.append(Step(f"prefill {args.prefill}", 1, 0, args.prefill))
-    limits = schedule_settings(max(sizes), max(args.context, args.prefill), 1, BLOCK_SIZE)
+    return steps, schedule_settings(max(sizes), max(args.context, args.prefill), 1, BLOCK_SIZE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 2 when the model cannot be run, or nothing is compiled."""
+    args = parse_args(argv, __doc__, tokens=512)
+    if library.kernels() is None:
+        print("there are no compiled kernels: python worker/native/build.py", file=sys.stderr)
+        return 2
+    steps, limits = planned(args)
     try:
         ours = load_runner(args.model, limits, args.threads, "auto")
         other = load_without_kernels(args.model, limits, args.threads)
