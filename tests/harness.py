@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import http.client
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -31,13 +33,21 @@ Json = dict[str, Any]
 Children = Callable[..., list[psutil.Process]]  # of the fixture `children`
 
 
+# below those the kernel gives away on its own, which it might between our look and the daemon's bind; begun
+# somewhere else in every process, so that tests running at the same time stay out of each other's way
+_FIRST_PORT, _LAST_PORT = 10_000, 32_000
+_next_ports = itertools.count(random.Random(os.getpid()).randrange(_LAST_PORT - _FIRST_PORT))
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind((HOST, 0))
-        return [sock.getsockname()[1] for sock in sockets]
+    """Ports nobody listens on now, all different, and not given to this process before."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = _FIRST_PORT + next(_next_ports) % (_LAST_PORT - _FIRST_PORT)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind((HOST, port))
+            ports.append(port)
+    return ports
 
 
 def merge(into: Json, changes: Json) -> Json:
