@@ -1,8 +1,8 @@
-"""The endpoint's side of the engine channels: prompts in, tokens out, and the table of what is in flight.
+"""The endpoint's side of the engine channels: prompts in, tokens out.
 
-The table knows of every request its prompt and the tokens it has got, so a request whose instance dies goes
-on in another one, or in the same one once it has been replaced: the new engine is handed both, computes them
-again as after a preemption, and continues with the next token.
+What is in flight (in_flight.py) keeps of every request its prompt and the tokens it has got. So a request
+whose instance dies goes on in another one, or in the same one once it has been replaced: the new engine is
+handed both, computes them again as after a preemption, and continues with the next token.
 """
 
 from __future__ import annotations
@@ -17,46 +17,28 @@ from typing import Any
 import numpy as np
 import zmq
 
+from endpoint.adapter_changes import (
+    bring_in_line,
+    load_everywhere,
+    note_death,
+    note_done,
+    unload_everywhere,
+)
 from endpoint.bounds import Bounds
-from endpoint.flights import Flight, Part, PromptRow, Token
+from endpoint.flights import Flight, Part
+from endpoint.in_flight import InFlight
 from endpoint.instance_choice import InstanceChoice
-from endpoint.instance_link import InstanceLink, LinkEnds
+from endpoint.instance_link import InstanceLink
 from endpoint.metadata import Occupancy
-from engine import errors
-from engine.errors import EngineFailed, ServerError, ServiceUnavailable
-from engine.outcome import FinishCode
+from engine.errors import EngineFailed, ServiceUnavailable
 from engine.sampling_params import SamplingParams
 from engine.wire import layout
 from engine.wire.links import InstanceWire
-from engine.wire.messages import (
-    Abort,
-    EngineReady,
-    EngineStats,
-    LoraDone,
-    LoraLoad,
-    LoraUnload,
-    Submit,
-)
+from engine.wire.messages import EngineReady, EngineStats, LoraDone, Submit
 
 log = logging.getLogger("server.engine_client")
 
-_ERRORS: dict[int, type[ServerError]] = {
-    cls.number: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, ServerError)
-}
-_REFUSALS: dict[type[ServerError], str] = {
-    errors.GenerationRefused: "the engine's cache cannot hold this request: prompt, answer and number of "
-    "choices together; lower one of them, or give the server more cache (npuMemSize, kvCacheMemMiB)",
-    errors.GrammarFailed: "the answer could not go on in the format asked for (response_format, "
-    "structured_outputs, guided_*, tools): no token was legal, or finding one took too much; simplify it",
-    EngineFailed: "the model produced no usable result for this request (its logits were not numbers, "
-    "or there was no memory for it alone; the server log tells)",
-    errors.InvalidRequest: "the adapter of this request was unloaded before the request began; "
-    "GET /v1/models lists the loaded ones",
-}
-
-
 _DIED = "the model instance serving this request died; send the request again"
-_FINISH_CODES = tuple(FinishCode)  # FinishCode(number) takes 1 us
 _CRASHES = 2  # of instances it was in, until a request is taken for their cause
 
 _RING_FULL_S = 0.001
@@ -90,11 +72,10 @@ class EngineClient:
         self._wanted_adapters = wanted_adapters
         self._on_serving = on_serving
         self._choice = choice
-        self._parts: dict[int, Part] = {}  # by request id
+        self._in_flight = InFlight()
         self._parked: list[Part] = []  # between two instances
         self._given_up: set[int] = set()  # instances that do not come back
         self._tasks: set[asyncio.Task[None]] = set()
-        self.last_token_at = 0.0  # monotonic seconds; of any request
         self._ids = itertools.count(1)
         self._changed = asyncio.Event()  # an instance has begun to serve
 
@@ -125,12 +106,8 @@ class EngineClient:
             link.ends.events.close()
             link.ends = None
         link.serving, link.stats = False, None
-        for wait in link.adapter_waits.values():
-            if not wait.done():
-                wait.set_exception(EngineFailed("the model instance died while its adapters were changed"))
-        link.adapter_waits.clear()
-        for part in [part for part in self._parts.values() if part.link is link]:
-            self._forget(part)
+        note_death(link)
+        for part in self._in_flight.forget_all(link):
             part.crashes += 1
             if part.crashes < _CRASHES and part.resumable:
                 self._park(part)
@@ -142,7 +119,7 @@ class EngineClient:
     def _read_the_rest(self, link: InstanceLink) -> None:
         """What it had told before it died is as good as ever."""
         try:
-            while link.ends is not None and self._read_record(link, link.ends):
+            while link.ends is not None and self._in_flight.read_record(link.ends):
                 pass
         except Exception:
             log.exception("instance %d died with records that cannot be read", link.instance)
@@ -174,36 +151,12 @@ class EngineClient:
             await asyncio.sleep(_CONNECT_S)
             if link.ends is not ends:
                 return  # it has died again; what comes next is its successor's
-        if not await self._bring_adapters_in_line(link, ends, dict(ready.adapters)):
+        if not await bring_in_line(link, ends, dict(ready.adapters), self._wanted_adapters):
             return
         link.serving = True
         self._changed.set()
         self._on_serving(link.instance, link.generation)
         self._unpark()
-
-    async def _bring_adapters_in_line(self, link: InstanceLink, ends: LinkEnds, has: dict[str, str]) -> bool:
-        """Until it has what it has to have, which may change meanwhile; False when it has died over it."""
-        tried: set[str] = set()
-        while True:
-            wanted = self._wanted_adapters(has)
-            commands: list[LoraLoad | LoraUnload] = [LoraUnload(name) for name in has if name not in wanted]
-            lacking = [name for name in wanted if name not in has and name not in tried]
-            commands += [LoraLoad(name, wanted[name]) for name in lacking]
-            if not commands:
-                return True
-            for command in commands:
-                try:
-                    fault = await self._change_adapter(link, command)
-                except ServerError as error:
-                    fault = str(error)
-                if link.ends is not ends:
-                    return False
-                if fault:
-                    log.error("instance %d, adapter %s: %s", link.instance, command.name, fault)
-                elif isinstance(command, LoraLoad):
-                    has[command.name] = command.path
-            tried.update(lacking)
-            has = {name: path for name, path in has.items() if name in wanted}
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Let it run beside everything else; its failure is ours."""
@@ -236,6 +189,11 @@ class EngineClient:
         """What every instance can take; only once one is ready."""
         readies = [link.ready for link in self._links if link.ready is not None]
         return min(readies, key=lambda ready: (ready.max_prompt_tokens, ready.num_blocks))
+
+    @property
+    def last_token_at(self) -> float:
+        """When a token came, of any request; monotonic seconds."""
+        return self._in_flight.last_token_at
 
     @property
     def available(self) -> bool:
@@ -271,34 +229,12 @@ class EngineClient:
     # -- adapters -----------------------------------------------------------------------------------
 
     async def load_adapter(self, name: str, path: str) -> str:
-        """Have every instance load it; what is wrong with it, "" when all have.
-
-        Only one change of a name at a time. Raises ServiceUnavailable or EngineFailed when an instance is or
-        gets lost; others may have it by then.
-        """
-        if not all(link.serving for link in self._links):
-            raise ServiceUnavailable("a model instance is not there now; try again later", retry_after_s=5)
-        loads = (self._change_adapter(link, LoraLoad(name, path)) for link in self._links)
-        faults = []
-        for result in await asyncio.gather(*loads, return_exceptions=True):  # all have answered by then
-            if isinstance(result, BaseException):
-                raise result
-            faults.append(result)
-        return next(filter(None, faults), "")
+        """Have every instance load it; see load_everywhere."""
+        return await load_everywhere(self._links, name, path)
 
     async def unload_adapter(self, name: str) -> None:
-        """Until no instance holds it. One that is not there, or dies over it, comes back without it."""
-        unloads = (self._change_adapter(link, LoraUnload(name)) for link in self._links if link.serving)
-        for result in await asyncio.gather(*unloads, return_exceptions=True):
-            if isinstance(result, BaseException) and not isinstance(result, ServerError):
-                raise result
-
-    async def _change_adapter(self, link: InstanceLink, command: LoraLoad | LoraUnload) -> str:
-        wait: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        if not link.send(command):
-            raise ServiceUnavailable("a model instance is not there; try again later", retry_after_s=5)
-        link.adapter_waits[command.name] = wait
-        return await wait
+        """Until no instance holds it; see unload_everywhere."""
+        await unload_everywhere(self._links, name)
 
     # -- requests -----------------------------------------------------------------------------------
 
@@ -385,41 +321,18 @@ class EngineClient:
         if not ends.commands.send(submit):
             link.serving = False  # its leader is gone; the parent is about to say so
             return False
-        part.request_id, part.link = request_id, link
-        self._parts[request_id] = part
+        self._in_flight.add(part, request_id, link)
         return True
 
     def close(self, flight: Flight) -> None:
         """The reader is done with this flight; aborts what of it still runs in the engine."""
         flight.cancel()  # what waits for an instance is not sent any more
         for part in flight.parts:
-            self._close_part(part)
-
-    def _close_part(self, part: Part) -> None:
-        link, request_id = part.link, part.request_id
-        if self._forget(part) and link is not None:
-            link.send(Abort(request_id, branch=-1))
+            self._in_flight.close(part)
 
     def end_branch(self, flight: Flight, branch: int) -> None:
         """No further tokens of this branch are wanted."""
-        part = flight.parts[branch // flight.branches]
-        branch -= part.first
-        if branch in part.ended:
-            return
-        part.ended.add(branch)
-        if part.all_ended:
-            self._close_part(part)
-        elif part.link is not None:
-            part.link.send(Abort(part.request_id, branch))
-
-    def _forget(self, part: Part) -> bool:
-        """Take it out of its instance; whether it was in one."""
-        if part.link is None:
-            return False
-        del self._parts[part.request_id]
-        part.leave_place()
-        part.link = None
-        return True
+        self._in_flight.end_branch(flight, branch)
 
     # -- what comes back ----------------------------------------------------------------------------
 
@@ -433,59 +346,12 @@ class EngineClient:
     def _on_tokens(self, link: InstanceLink) -> None:
         for _ in range(_RECORDS_PER_TURN):
             ends = link.ends
-            if ends is None or not self._read_record(link, ends):
+            if ends is None or not self._in_flight.read_record(ends):
                 return
             if not ends.tokens.num_at_hand:
                 return  # what has been filled meanwhile wakes us again: looking for it costs a system call
         # prompts with log-probabilities come in hundreds of records: others want their turn
         asyncio.get_running_loop().call_soon(self._guarded, self._on_tokens, link)
-
-    def _read_record(self, link: InstanceLink, ends: LinkEnds) -> bool:
-        """Hand the rows of the oldest record out; False when there is none."""
-        slot = ends.tokens.take()
-        if slot is None:
-            return False
-        batch_size, rows = layout.read_tokens(slot)
-        ends.tokens.release()
-        now = self.last_token_at = time.monotonic()
-        for row in rows:
-            part = self._parts.get(row.request_id)
-            if part is None or row.branch in part.ended:
-                continue  # aborted; the step was already under way
-            flight = part.flight
-            if row.rank:
-                part.prompt_rows.append(PromptRow(row.token, row.logprob, row.rank, row.top))
-                continue
-            if (place := part.place) is not None and place.owed_tokens:
-                place.note_begun()
-            if row.preemptions != part.preemptions:
-                flight.note_preemptions(part, row.preemptions, row.queue_wait_us)
-            if row.cached_tokens:
-                part.cached_tokens = row.cached_tokens
-            if row.finish:
-                part.ended.add(row.branch)
-                if part.all_ended:
-                    self._forget(part)
-                elif row.error:
-                    self._close_part(part)  # nobody waits for its other branches any more
-            if row.error:
-                cls = _ERRORS[row.error]
-                flight.fail(cls(_REFUSALS.get(cls, "the engine ended this request")))
-                continue
-            part.outputs[row.branch].append(row.token)
-            flight.push(
-                Token(
-                    part.first + row.branch,
-                    row.token,
-                    _FINISH_CODES[row.finish],
-                    batch_size,
-                    row.queue_wait_us,
-                    now,
-                    row.logprob,
-                    row.top,
-                )
-            )
-        return True
 
     def _on_events(self, link: InstanceLink) -> None:
         if link.ends is None:
@@ -497,9 +363,7 @@ class EngineClient:
             elif isinstance(message, EngineStats):
                 link.stats = message
             elif isinstance(message, LoraDone):
-                wait = link.adapter_waits.pop(message.name, None)
-                if wait is not None and not wait.done():
-                    wait.set_result(message.error)
+                note_done(link, message)
             else:
                 log.warning("unexpected %s on the event channel", type(message).__name__)
 
