@@ -21,11 +21,12 @@ from worker.native.library import Kernels, all_kernels
 
 SHAPES = ((32, 4), (33, 5), (70, 130), (1, 1), (100, 1217))  # outputs, inputs
 ROWS = (1, 2, 3, 12, 13, 25, 40)
+MANY = {1217: (65, 530)}  # inputs: more rows, which a matrix unit takes in blocks, and long inputs in parts
 BUILD = Path(__file__).resolve().parents[2] / "worker" / "native" / "build.py"
 HAS_COMPILER = any(map(shutil.which, ("g++", "c++")))
 
 
-@pytest.fixture(params=range(4))
+@pytest.fixture(params=range(5))
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     found = all_kernels()
     if request.param >= len(found):
@@ -87,11 +88,12 @@ def test_linears_equal_torch_and_a_row_does_not_depend_on_the_others(
         weight = torch.randn(outputs, inputs).to(dtype)
         for bias in (torch.randn(outputs).to(dtype), None):
             linear = NativeLinear(weight, bias, kernels, dot)
-            x = torch.randn(max(ROWS), inputs + 3).to(dtype)[:, 1 : inputs + 1]  # rows that lie apart
+            numbers = (*ROWS, *MANY.get(inputs, ()))
+            x = torch.randn(numbers[-1], inputs + 3).to(dtype)[:, 1 : inputs + 1]  # rows that lie apart
             want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
             got = linear(x)
             torch.testing.assert_close(got, want.to(dtype), **TOLERANCE[dtype])
-            for rows in ROWS:
+            for rows in numbers:
                 assert torch.equal(linear(x[:rows]), got[:rows]), (outputs, inputs, rows)
             assert torch.equal(linear(x.t().contiguous().t()), got)
 
@@ -126,7 +128,7 @@ def test_int8_equals_its_twins_to_the_bit(kernels: Kernels, threads: int, dtype:
                 else W8A8StaticLinear(parts, int8_product)
             )
             assert torch.equal(native.dense(), weight)
-            for rows in ROWS:
+            for rows in (*ROWS, *MANY.get(inputs, ())):
                 x = (torch.randn(rows, inputs + 2) * 3).to(dtype)[:, :inputs]
                 x[rows // 2] = 0
                 assert torch.equal(native(x), twin(x)), (outputs, inputs, rows, type(parts))

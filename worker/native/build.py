@@ -28,9 +28,16 @@ _FLAGS = (
 )  # fmt: skip
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
 # the names are those of dispatch.cpp, which chooses among them when the library is loaded
 _INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"plain": (), "avx2": _AVX2, "avx512": _AVX512, "avx512bf16": (*_AVX512, "-mavx512bf16")},
+    "x86_64": {
+        "plain": (),
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avx512bf16": _AVX512_BF16,
+        "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    },
 }
 _ANY_PROCESSOR: dict[str, tuple[str, ...]] = {"plain": ()}
 _COMPILE_S = 120

@@ -21,7 +21,7 @@ class NativeInt8Linear:
     def __init__(self, given: W8A8Dynamic | W8A8Static, kernels: Kernels) -> None:
         """The caller drops the weight."""
         self.out_features, self.in_features = given.weight.shape
-        self._data = to_panels(given.weight, _GROUP)
+        self._data = to_panels(given.weight, _GROUP, kernels.int8_inputs)
         self._correction = given.weight.sum(1, dtype=torch.int32) * -_SHIFT
         self._struct = struct = LinearStruct(
             weight=self._data.data_ptr(),

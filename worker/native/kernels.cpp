@@ -21,6 +21,6 @@ constexpr int32_t INT8_DOT = 0;
 #endif
 
 extern const Kernels kernels;
-const Kernels kernels = {TEXT(ISA), BF16_DOT, INT8_DOT, linear, attention, add_rms_norm, silu_mul, rotate};
+const Kernels kernels = {TEXT(ISA), BF16_DOT, INT8_DOT, BF16_INPUTS, INT8_INPUTS, linear, attention, add_rms_norm, silu_mul, rotate};
 
 }  // namespace ISA

@@ -6,12 +6,12 @@
 enum Weights : int32_t {
     WEIGHTS_F32 = 0,       // [out / 32, in, 32] float
     WEIGHTS_BF16 = 1,      // [out / 32, in / 2, 32, 2] bfloat16, multiplied as float
-    WEIGHTS_BF16_DOT = 2,  // the same, multiplied by the processor's bfloat16 dot product where there is one
+    WEIGHTS_BF16_DOT = 2,  // the same, by the processor's bfloat16 dot product or matrix unit where there is one
     WEIGHTS_S8 = 3,        // [out / 32, in / 4, 32, 4] int8, rows quantised on the way in
 };
 
 struct Linear {
-    const void* weight;   // packed; both counts filled up with zeros
+    const void* weight;   // packed; both counts filled up with zeros, `in` as Kernels says
     const float* scale;   // [out], of int8 weights
     const int32_t* correction;  // [out], of int8 weights: added to the sums of (input + 128) * weight
     const float* bias;    // [out] or null
@@ -46,6 +46,8 @@ struct Kernels {
     const char* name;
     int32_t has_bf16_dot;
     int32_t has_int8_dot;
+    int32_t bf16_inputs;  // to a multiple of which the inputs of bfloat16 weights are filled up with zeros
+    int32_t int8_inputs;  // of int8 weights
     // 0, or 1 when memory has run out
     int32_t (*linear)(const Linear*, const void* x, int64_t x_stride, void* y, int64_t rows, int32_t dtype);
     // Stores k and v, then attends. q, k, v: [tokens, heads, head_dim], tokens that many elements apart, heads

@@ -11,10 +11,13 @@ from worker.native.library import empty_in_huge_pages
 PANEL = 32  # outputs; linear.h
 
 
-def to_panels(weight: Tensor, group: int) -> Tensor:
-    """[out, in] -> [out / 32, in / group, 32, group], both filled up with zeros; a copy."""
+def to_panels(weight: Tensor, group: int, multiple: int) -> Tensor:
+    """[out, in] -> [out / 32, in / group, 32, group], both filled up with zeros; a copy.
+
+    `multiple`: of which the number of inputs becomes one, itself one of `group`.
+    """
     outputs, inputs = weight.shape
-    panels, steps = -(-outputs // PANEL), -(-inputs // group)
+    panels, steps = -(-outputs // PANEL), -(-inputs // multiple) * multiple // group
     packed = empty_in_huge_pages((panels, steps, PANEL, group), weight.dtype)
     for first, last in ((0, outputs // PANEL), (outputs // PANEL, panels)):
         part = weight[first * PANEL : last * PANEL]

@@ -79,6 +79,8 @@ class Kernels(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("has_bf16_dot", _INT32),
         ("has_int8_dot", _INT32),
+        ("bf16_inputs", _INT32),
+        ("int8_inputs", _INT32),
         ("linear", ctypes.CFUNCTYPE(_INT32, _POINTER, _POINTER, _INT64, _POINTER, _INT64, _INT32)),
         ("attention", ctypes.CFUNCTYPE(_INT32, *[_POINTER] * 5, *[_INT64] * 3, *[_POINTER] * 3, _INT32)),
         (

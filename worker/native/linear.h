@@ -23,6 +23,12 @@ constexpr int TILE = 3;
 #else
 constexpr int TILE = 1;
 #endif
+// inputs to a multiple of which weights are filled up with zeros, as the kernels that read them take steps so long
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+constexpr int BF16_INPUTS = 32, INT8_INPUTS = 64;
+#else
+constexpr int BF16_INPUTS = 2, INT8_INPUTS = 4;
+#endif
 constexpr int64_t BLOCK_BYTES = 384 << 10;  // of prepared rows, which stay in the second-level cache
 constexpr int64_t SERIAL = 1 << 17;         // products that one thread does sooner than two
 constexpr int64_t SHARED = 1 << 14;         // elements whose preparation is worth sharing
@@ -40,7 +46,7 @@ template <int M> INLINE void add(vf (&sum)[M][VECTORS], const float* x, const vf
 struct Float {
     typedef float X;
     typedef vf Sum;
-    static constexpr int inputs = 1, elements = 1, bytes = 4 * PANEL;
+    static constexpr int inputs = 1, filled = 1, elements = 1, bytes = 4 * PANEL;
 
     static INLINE vf value(const Linear*, vf sum, float, int64_t, int64_t) { return sum; }
 
@@ -54,7 +60,7 @@ struct Float {
 struct Bf16 {
     typedef float X;
     typedef vf Sum;
-    static constexpr int inputs = 2, elements = 2, bytes = 4 * PANEL;
+    static constexpr int inputs = 2, filled = BF16_INPUTS, elements = 2, bytes = 4 * PANEL;
 
     static INLINE vf value(const Linear*, vf sum, float, int64_t, int64_t) { return sum; }
 
@@ -70,11 +76,11 @@ struct Bf16 {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 struct Bf16Dot {
     typedef uint32_t X;
     typedef vf Sum;
-    static constexpr int inputs = 2, elements = 1, bytes = 4 * PANEL;
+    static constexpr int inputs = 2, filled = BF16_INPUTS, elements = 1, bytes = 4 * PANEL;
 
     static INLINE vf value(const Linear*, vf sum, float, int64_t, int64_t) { return sum; }
 
@@ -92,7 +98,7 @@ struct Bf16Dot {
 struct Int8 {
     typedef uint32_t X;
     typedef vi Sum;
-    static constexpr int inputs = 4, elements = 1, bytes = 4 * PANEL;
+    static constexpr int inputs = 4, filled = INT8_INPUTS, elements = 1, bytes = 4 * PANEL;
 
     static INLINE vf value(const Linear* linear, vi sum, float row_scale, int64_t column, int64_t count) {
         vf whole = __builtin_convertvector(sum + load_some<vi>(linear->correction + column, count), vf);
@@ -138,10 +144,10 @@ template <class T> INLINE void prepare_row(Float, const T* x, int64_t in, int64_
 
 template <class T> INLINE void prepare_row(Bf16, const T* x, int64_t in, int64_t steps, float* to, int m, int tile) {
     for (int64_t k = 0; k < in; k++) to[k * tile + m] = to_float(x[k]);
-    if (in < 2 * steps) to[in * tile + m] = 0;
+    for (int64_t k = in; k < 2 * steps; k++) to[k * tile + m] = 0;
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 INLINE void prepare_row(Bf16Dot, const bf16* x, int64_t in, int64_t, uint32_t* to, int m, int tile) {
     int64_t pairs = in / 2;
     for (int64_t k = 0; k < pairs; k++) memcpy(&to[k * tile + m], x + 2 * k, 4);
@@ -228,6 +234,23 @@ struct Output {
     bool is_bf16;
 };
 
+// A row's sums of a panel, as what they stand for.
+template <class W>
+INLINE void put_results(const Linear* linear, const typename W::Sum (&sums)[VECTORS], float scale, int64_t panel,
+                        char* row, bool is_bf16) {
+    for (int v = 0; v < VECTORS; v++) {
+        int64_t column = panel * PANEL + v * LANES, count = linear->out - column;
+        if (count <= 0) break;
+        if (count > LANES) count = LANES;
+        vf value = W::value(linear, sums[v], scale, column, count);
+        if (linear->bias) value += load_some<vf>(linear->bias + column, count);
+        if (is_bf16)
+            store_some(row + 2 * column, narrow(value), 2 * count);
+        else
+            store_some(row + 4 * column, value, 4 * count);
+    }
+}
+
 template <class W, int M>
 void multiply(const Linear* linear, const typename W::X* x, const float* scales, int64_t panel, int64_t steps,
               Output y) {
@@ -240,21 +263,8 @@ void multiply(const Linear* linear, const typename W::X* x, const float* scales,
     }
     typename W::Sum results[M][VECTORS];  // no registers: rows are finished in a loop
     memcpy(results, sum, sizeof results);
-    int64_t start = panel * PANEL;
-    for (int m = 0; m < M; m++) {
-        char* row = y.data + m * y.stride;
-        for (int v = 0; v < VECTORS; v++) {
-            int64_t column = start + v * LANES, count = linear->out - column;
-            if (count <= 0) break;
-            if (count > LANES) count = LANES;
-            vf value = W::value(linear, results[m][v], scales[m], column, count);
-            if (linear->bias) value += load_some<vf>(linear->bias + column, count);
-            if (y.is_bf16)
-                store_some(row + 2 * column, narrow(value), 2 * count);
-            else
-                store_some(row + 4 * column, value, 4 * count);
-        }
-    }
+    for (int m = 0; m < M; m++)
+        put_results<W>(linear, results[m], scales[m], panel, y.data + m * y.stride, y.is_bf16);
 }
 
 template <class W, int M>
@@ -268,7 +278,7 @@ INLINE void multiply_tile(int size, const Linear* linear, const typename W::X* x
 
 template <class W, class T>
 int32_t run(const Linear* linear, const T* x, int64_t x_stride, T* y, int64_t rows) {
-    int64_t steps = (linear->in + W::inputs - 1) / W::inputs;
+    int64_t steps = (linear->in + W::filled - 1) / W::filled * (W::filled / W::inputs);
     int64_t panels = (linear->out + PANEL - 1) / PANEL;
     int64_t row_bytes = steps * W::elements * sizeof(typename W::X);
     Tiles tiles(rows);
@@ -305,15 +315,34 @@ int32_t run(const Linear* linear, const T* x, int64_t x_stride, T* y, int64_t ro
     return 0;
 }
 
+}  // namespace
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#include "tiles.h"
+#endif
+
+namespace {
+
+template <class T>
+INLINE int32_t run_int8(const Linear* linear, const T* x, int64_t x_stride, T* y, int64_t rows) {
+#if defined(__AMX_INT8__)
+    return run_tiles<Int8Tiles>(linear, x, x_stride, y, rows);
+#else
+    return run<Int8>(linear, x, x_stride, y, rows);
+#endif
+}
+
 // float weights take float rows, bfloat16 weights bfloat16 rows, int8 weights either
 int32_t linear(const Linear* linear, const void* x, int64_t x_stride, void* y, int64_t rows, int32_t dtype) {
     if (rows == 0) return 0;
     switch (linear->weights) {
         case WEIGHTS_F32: return run<Float>(linear, (const float*)x, x_stride, (float*)y, rows);
         case WEIGHTS_S8:
-            return dtype ? run<Int8>(linear, (const bf16*)x, x_stride, (bf16*)y, rows)
-                         : run<Int8>(linear, (const float*)x, x_stride, (float*)y, rows);
-#if defined(__AVX512BF16__)
+            return dtype ? run_int8(linear, (const bf16*)x, x_stride, (bf16*)y, rows)
+                         : run_int8(linear, (const float*)x, x_stride, (float*)y, rows);
+#if defined(__AMX_BF16__)
+        case WEIGHTS_BF16_DOT: return run_tiles<Bf16Tiles>(linear, (const bf16*)x, x_stride, (bf16*)y, rows);
+#elif defined(__AVX512BF16__)
         case WEIGHTS_BF16_DOT: return run<Bf16Dot>(linear, (const bf16*)x, x_stride, (bf16*)y, rows);
 #endif
         default: return run<Bf16>(linear, (const bf16*)x, x_stride, (bf16*)y, rows);

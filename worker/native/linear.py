@@ -31,7 +31,7 @@ class NativeLinear:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self._is_bf16 = is_bf16 = IS_BF16[weight.dtype]
-        self._data = to_panels(weight, 2 if is_bf16 else 1)
+        self._data = to_panels(weight, 2, kernels.bf16_inputs) if is_bf16 else to_panels(weight, 1, 1)
         self._bias = None if bias is None else bias.float()
         self._struct = LinearStruct(
             weight=self._data.data_ptr(),

@@ -112,9 +112,13 @@ INLINE vf widen(half_vu v) { return (vf)(wide_bits(v) << 16); }
 
 // to the nearest, ties to even; NaN stays NaN
 INLINE half_vu narrow(vf v) {
+#if defined(__AVX512BF16__)
+    return (half_vu)_mm512_cvtneps_pbh((__m512)v);
+#else
     vu bits = (vu)v;
     vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return low_halves(v == v ? rounded : (bits >> 16 | 0x40));
+#endif
 }
 
 INLINE vf load(const float* from) { return load_as<vf>(from); }
