@@ -21,6 +21,14 @@ constexpr int ROW_TILE = 6;                // rows whose accumulators fit into t
 constexpr int COLUMN_TILE = LANES == 8 ? 2 : 4;  // ... of so many vectors each
 constexpr int64_t SERIAL_ATTENTION = 1 << 17;    // products that one thread does sooner than two
 
+}  // namespace
+
+#if defined(__AMX_BF16__)
+#include "attention_tiles.h"
+#endif
+
+namespace {
+
 // Queries of one row of the step that share a key head: rows of a product, the heads of a query side by side.
 struct Item {
     int32_t row, kv_head, first, count;
@@ -97,6 +105,15 @@ void multiply_add(const float* a, int64_t a_stride, const B& b, int64_t inner, i
     }
 }
 
+// Whether the matrix unit computes the products of caches of this kind.
+template <class T> constexpr bool by_tiles() {
+#if defined(__AMX_BF16__)
+    return __is_same(T, bf16);
+#else
+    return false;
+#endif
+}
+
 template <class T> struct Worker {
     const Attention& shape;
     const Step& step;
@@ -107,10 +124,17 @@ template <class T> struct Worker {
     T* out;
     float *queries, *scores, *keys, *values;  // [MAX_ROWS, D], [MAX_ROWS, PORTION], [D, PORTION], [PORTION, D]
     Sums part, whole;
+#if defined(__AMX_BF16__)
+    AttentionTiles tiles;  // instead of queries, keys and values, where by_tiles
+#endif
 
     static int64_t sums_size(int64_t rows, int64_t dim) { return rows * (dim + 2); }
     static int64_t scratch_bytes(int64_t dim) {
-        return sizeof(float) * (MAX_ROWS * (dim + PORTION) + 2 * PORTION * dim + 2 * sums_size(MAX_ROWS, dim));
+        int64_t bytes = sizeof(float) * (MAX_ROWS * (dim + PORTION) + 2 * PORTION * dim + 2 * sums_size(MAX_ROWS, dim));
+#if defined(__AMX_BF16__)
+        bytes += AttentionTiles::bytes(dim);
+#endif
+        return bytes;
     }
     static Sums sums_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
 
@@ -122,6 +146,9 @@ template <class T> struct Worker {
         values = keys + PORTION * dim;
         part = sums_at(values + PORTION * dim, MAX_ROWS);
         whole = sums_at(values + PORTION * dim + sums_size(MAX_ROWS, dim), MAX_ROWS);
+#if defined(__AMX_BF16__)
+        tiles.use((char*)(values + PORTION * dim + 2 * sums_size(MAX_ROWS, dim)), dim);
+#endif
     }
 
     int64_t group() const { return shape.num_heads / shape.num_kv_heads; }
@@ -154,6 +181,12 @@ template <class T> struct Worker {
         for (int64_t i = 0; i < item.count; i++) {
             int64_t at = place(item, i);
             const T* from = q + at / shape.num_heads * q_stride + at % shape.num_heads * dim;
+#if defined(__AMX_BF16__)
+            if constexpr (by_tiles<T>()) {
+                tiles.load_query(i, from);
+                continue;
+            }
+#endif
             for (int64_t d = 0; d < dim; d += LANES) store(queries + i * dim + d, load(from + d) * scale);
         }
     }
@@ -221,19 +254,36 @@ template <class T> struct Worker {
             int64_t ahead = limit - first - count;
             ahead = ahead < PORTION ? ahead : PORTION;
             find_slots(item, first, count + ahead, starts);
+            float* sums = to.values + row * dim;
+#if defined(__AMX_BF16__)
+            if constexpr (by_tiles<T>()) {
+                tiles.load_portion(k_cache, v_cache, starts, count, ahead);
+                tiles.score(row, item.count, scores);
+                vf scale = splat(1.f / sqrtf((float)dim));
+                for (float* at = scores + row * PORTION; at < scores + item.count * PORTION; at += LANES)
+                    store(at, load(at) * scale);
+                weigh_all(item, row, first, scores + row * PORTION, to);
+                tiles.add_values(row, item.count, scores, to.values);
+                continue;
+            }
+#endif
             load_keys(starts, count, ahead);
             bool dense_values = rows > 2 * ROW_TILE;  // else they are read once or twice, and need no copy
             if (dense_values) load_values(starts, count);
             memset(scores, 0, sizeof(float) * rows * PORTION);
             multiply_add(queries + row * dim, dim, Dense{keys, PORTION}, dim, PORTION, scores, rows);
-            for (int64_t i = 0; i < rows; i++)
-                weigh(scores + i * PORTION, hidden(item, row + i) - first, seen(item, row + i) - first, to, row + i);
-            float* sums = to.values + row * dim;
+            weigh_all(item, row, first, scores, to);
             if (dense_values)
                 multiply_add(scores, PORTION, Dense{values, dim}, count, dim, sums, rows);
             else
                 multiply_add(scores, PORTION, Scattered<T>{v_cache, starts}, count, dim, sums, rows);
         }
+    }
+
+    // The scores of the rows from `row` on, for the portion of keys that begins with `first`.
+    void weigh_all(const Item& item, int64_t row, int64_t first, float* of_rows, Sums to) {
+        for (; row < item.count; row++, of_rows += PORTION)
+            weigh(of_rows, hidden(item, row) - first, seen(item, row) - first, to, row);
     }
 
     // Scores become e^(score - largest), 0 before `out` and from `visible` on; what row i has so far is brought to
@@ -344,12 +394,15 @@ int32_t attend_all(const Attention* shape, const Step* step, const T* q, const T
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Worker<T> worker = {*shape, *step, q, q_stride, k_cache, v_cache, out, 0, 0, 0, 0, {}, {}};
+        Worker<T> worker = {*shape, *step, q, q_stride, k_cache, v_cache, out};
         float* memory = (float*)scratch<2>(worker.scratch_bytes(shape->head_dim));
         if (memory)
             worker.use(memory);
         else
             failed = 1;
+#if defined(__AMX_BF16__)
+        if (by_tiles<T>()) use_tiles();
+#endif
         if (parts) {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < count * segments; i++) {
@@ -369,6 +422,9 @@ int32_t attend_all(const Attention* shape, const Step* step, const T* q, const T
             else
                 worker.attend(items[i]);
         }
+#if defined(__AMX_BF16__)
+        if (by_tiles<T>()) _tile_release();
+#endif
     }
     return failed;
 }

@@ -318,7 +318,7 @@ int32_t run(const Linear* linear, const T* x, int64_t x_stride, T* y, int64_t ro
 }  // namespace
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
-#include "tiles.h"
+#include "linear_tiles.h"
 #endif
 
 namespace {
