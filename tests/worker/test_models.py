@@ -55,7 +55,7 @@ def test_logits_of_prefill_and_decode_agree_with_transformers(
         if dtype == torch.bfloat16 and name in SPARSE:
             # a rounding sends a token to another expert now and then, and its row is another from there on
             off = (logits.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
-            assert off.median() < 0.03
+            assert off.median() < 0.05
         else:
             torch.testing.assert_close(logits.float(), want.float(), **tolerance)
         for sequence in sequences:
