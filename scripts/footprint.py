@@ -27,6 +27,11 @@ class Footprint:
     descriptors: int
     threads: int
 
+    @property
+    def own(self) -> int:
+        """Of rss: not in /dev/shm, where all is allocated at the start, but resident from its first use on."""
+        return self.rss - self.shared
+
     def __add__(self, other: Footprint) -> Footprint:
         return Footprint(
             self.rss + other.rss,

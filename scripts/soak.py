@@ -8,8 +8,9 @@ A daemon is started for it. For --calibrate seconds a closed loop measures how m
 serve; then requests arrive at random at --load of that rate, in all dialects, whole and streamed, some bound
 to a format; some clients hang up, some read slowly, some send spoilt bodies. Processes are sampled every
 --interval seconds. After a warm-up part (caches fill to their bounds, those of grammars even before the load;
-threads keep their largest buffers) the resident set of each process (VmRSS: also the pages it shares) gets a
-slope by Theil and Sen, with its 95 % range.
+threads keep their largest buffers) the resident set of each process gets a slope by Theil and Sen, with its
+95 % range. It is told and judged without /dev/shm: the rings there are allocated at the start, and a page of
+them counts from its first use on, which is the first time that the other side was so far behind.
 
 Ends with 1 when a request was lost, when the server's counters tell another story than the ledger, when
 descriptors grew, or when a slope is over the limit and not by chance (its range does not include 0).
@@ -207,7 +208,7 @@ async def _tell(ledger: Ledger, minutes: float) -> None:
 def memory_table(run: Run) -> str:
     """Markdown: a row per role."""
     lines = [
-        "| process | RSS first | RSS last | slope, MiB/h (95 % range) | PSS last | /dev/shm mapped | "
+        "| process | RSS first | RSS last | slope, MiB/h (95 % range) | PSS last | beside it in /dev/shm | "
         "descriptors idle | threads |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -215,10 +216,10 @@ def memory_table(run: Run) -> str:
         times, taken = run.samples.series(role, run.warm_up_s)
         if len(taken) < 2:
             continue
-        slope = theil_sen(times, [one.rss / _MIB for one in taken])
+        slope = theil_sen(times, [one.own / _MIB for one in taken])
         idle = [side[role].descriptors if role in side else "-" for side in (run.idle_before, run.idle_after)]
         lines.append(
-            f"| {role} | {taken[0].rss / _MIB:.1f} | {taken[-1].rss / _MIB:.1f} | {slope.estimate:+.2f} "
+            f"| {role} | {taken[0].own / _MIB:.1f} | {taken[-1].own / _MIB:.1f} | {slope.estimate:+.2f} "
             f"({slope.low:+.2f} to {slope.high:+.2f}) | {taken[-1].pss / _MIB:.1f} | "
             f"{taken[-1].shared / _MIB:.1f} | {idle[0]} -> {idle[1]} | "
             f"{taken[0].threads} -> {taken[-1].threads} |"
@@ -262,7 +263,7 @@ def findings(run: Run, most_mib_per_h: float) -> list[str]:
         found.append(f"{run.ledger.open} requests without an end")
     for role in run.samples.roles:
         times, taken = run.samples.series(role, run.warm_up_s)
-        slope = theil_sen(times, [one.rss / _MIB for one in taken])
+        slope = theil_sen(times, [one.own / _MIB for one in taken])
         if slope.estimate > most_mib_per_h and slope.low > 0:
             found.append(f"{role}: its resident set grows by {slope.estimate:.1f} MiB/h")
         if role in run.idle_before and role in run.idle_after:

@@ -129,11 +129,14 @@ def test_a_slope_is_found_in_noise_and_outliers_do_not_make_one() -> None:
     assert math.isnan(soak.theil_sen([1.0], [2.0]).estimate)
 
 
-def soaked(rss: list[int], descriptors: tuple[int, int] = (9, 9), endings: Any = ()) -> list[str]:
+def soaked(
+    rss: list[int], descriptors: tuple[int, int] = (9, 9), endings: Any = (), rings: int = 0
+) -> list[str]:
     samples = soak.Samples()
     for step, value in enumerate(rss):
         samples.times_s.append(10.0 * step)
-        samples.taken.append({"endpoint": footprint.Footprint(value, value, 0, 9, 1)})
+        shared = step * rings
+        samples.taken.append({"endpoint": footprint.Footprint(value + shared, value, shared, 9, 1)})
         samples.shm.append(0)
     idle = [{"endpoint": footprint.Footprint(1, 1, 0, count, 1)} for count in descriptors]
     ledger = ledgers.Ledger(len(endings), list(endings))
@@ -145,6 +148,7 @@ def soaked(rss: list[int], descriptors: tuple[int, int] = (9, 9), endings: Any =
 def test_a_soak_fails_for_growth_and_for_what_was_lost() -> None:
     level = [100 * MIB] * 30
     assert soaked(level) == []
+    assert soaked(level, rings=MIB // 10) == []  # allocated at the start
     assert "grows by" in soaked([value + step * MIB // 10 for step, value in enumerate(level)])[0]
     assert "descriptors more" in soaked(level, (9, 20))[0]
     assert "lost: chat" in soaked(level, endings=[ending(Fate.LOST)])[0]
