@@ -29,7 +29,7 @@ class Footprint:
 
     @property
     def own(self) -> int:
-        """Of rss: not in /dev/shm, where all is allocated at the start, but resident from its first use on."""
+        """Of rss: without /dev/shm, which is allocated at the start, but resident from its first use on."""
         return self.rss - self.shared
 
     def __add__(self, other: Footprint) -> Footprint:
