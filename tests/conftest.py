@@ -74,6 +74,17 @@ def https_server(installation: Installation) -> Iterator[Daemon]:
     assert daemon.stop() == 0, daemon.stderr
 
 
+# with two at a time, who takes long begins: else one core waits for the other at the end
+_LONG = ("tests/e2e/test_lifecycle.py", "tests/reliability/test_healing.py", "tests/e2e/", "tests/npu_sim/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        return next((i for i, name in enumerate(_LONG) if item.nodeid.startswith(name)), len(_LONG))
+
+    items.sort(key=turn)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     del config
     # how long one example takes is the machine's business; every test has a time limit of its own
