@@ -32,7 +32,7 @@ from daemon.config_lora import find_adapters
 from daemon.config_models import find_chat_settings
 from daemon.config_plugins import GUESS_LENGTH, PLUGIN_PARAMS, PREFIX_CACHE
 from daemon.config_report import AcceptedModel, ConfigError, Report, shown
-from daemon.config_rules import check_rules, server_addresses, server_ports
+from daemon.config_rules import check_rules, expert_groups, server_addresses, server_ports
 from daemon.config_schema import BACKEND, DEPLOY, HEALTH, MODEL, RUNTIME, SCHEDULE, SERVER
 from daemon.config_values import Values, read_values
 from daemon.listeners import merge_planes
@@ -392,6 +392,7 @@ def _model(
         kv_cache_dtype=cast(Literal["auto", "int8"], values.text(f"{RUNTIME}.kvCacheDtype")),
         batch_invariant=values.flag(f"{RUNTIME}.batchInvariant"),
         world_size=values.integer(f"{MODEL}.worldSize"),
+        moe_ep=expert_groups(values),
         cpu_mem_gib=values.integer(f"{MODEL}.cpuMemSize"),
         lora=lora,
         chat=chat,

@@ -31,6 +31,7 @@ _PREFILL_TOKENS = f"{SCHEDULE}.maxPrefillTokens"
 _MAX_BATCH = f"{SCHEDULE}.maxBatchSize"
 _DEVICES = f"{BACKEND}.npuDeviceIds"
 _WORLD = f"{MODEL}.worldSize"
+_MOE_EP, _MOE_TP = f"{MODEL}.moe_ep", f"{MODEL}.moe_tp"
 _MULTI_NODE = f"{BACKEND}.multiNodesInferEnabled"
 _DEVICE_TYPE = f"{RUNTIME}.deviceType"
 _TEMPLATE = f"{SCHEDULE}.templateType"
@@ -149,7 +150,7 @@ def _parallel(values: Values, report: Report) -> None:  # R8
 def _experts_parallel(values: Values, report: Report) -> None:  # R8
     if values.flag(_MULTI_NODE):
         return
-    paths, world = (f"{MODEL}.moe_ep", f"{MODEL}.moe_tp"), values.integer(_WORLD)
+    paths, world = (_MOE_EP, _MOE_TP), values.integer(_WORLD)
     given = {path: size for path in paths if (size := values.maybe_integer(path)) is not None}
     product = math.prod(given.values())
     if world % product if len(given) < 2 else product != world:
@@ -157,7 +158,15 @@ def _experts_parallel(values: Values, report: Report) -> None:  # R8
         report.refuse(path, size, "moe_ep*moe_tp must be worldSize", f"a divisor of {world}", (_WORLD, world))
 
 
-def _divided_by_heads_only(values: Values, report: Report) -> None:  # R8
+def expert_groups(values: Values) -> int:
+    """Groups of ranks that experts are dealt to whole: moe_ep, or what moe_tp leaves of worldSize."""
+    groups, ranks = values.maybe_integer(_MOE_EP), values.maybe_integer(_MOE_TP)
+    if groups is not None:
+        return groups
+    return 1 if ranks is None else values.integer(_WORLD) // ranks
+
+
+def _attention_divided_by_heads(values: Values, report: Report) -> None:  # R8
     if values.integer(_WORLD) > 1 and not values.flag(_MULTI_NODE):
         for unsupported in UNSUPPORTED_DIVISIONS:
             unsupported.check(values, report)
@@ -281,10 +290,10 @@ RULES: tuple[Rule, ...] = (
     Rule((_MAX_SEQ, _MAX_INPUT), _lengths),
     Rule((_MAX_SEQ, f"{SCHEDULE}.maxIterTimes"), _output_fits),
     Rule((_WORLD, _MULTI_NODE, *(f"{MODEL}.{key}" for key in ("tp", "dp", "cp", "sp", "pp"))), _parallel),
-    Rule((_WORLD, _MULTI_NODE, f"{MODEL}.moe_ep", f"{MODEL}.moe_tp"), _experts_parallel),
+    Rule((_WORLD, _MULTI_NODE, _MOE_EP, _MOE_TP), _experts_parallel),
     Rule(
-        (_WORLD, _MULTI_NODE, *(f"{MODEL}.{key}" for key in ("dp", "cp", "sp", "moe_ep"))),
-        _divided_by_heads_only,
+        (_WORLD, _MULTI_NODE, *(f"{MODEL}.{key}" for key in ("dp", "cp", "sp"))),
+        _attention_divided_by_heads,
     ),
     Rule((_TEMPLATE, PLUGIN_PARAMS), _mix_and_splitfuse),
     Rule((f"{SERVER}.port", f"{BACKEND}.multiNodesInferPort"), _node_port),
@@ -343,7 +352,6 @@ UNSUPPORTED_DIVISIONS: tuple[Unsupported, ...] = (
     Unsupported(f"{MODEL}.dp", (-1, 1), "1, or more instances (modelInstanceNumber) instead"),
     Unsupported(f"{MODEL}.cp", (1,), "1, and a larger tp instead"),
     Unsupported(f"{MODEL}.sp", (1,), "1"),
-    Unsupported(f"{MODEL}.moe_ep", (None, 1), "1, with moe_tp = worldSize"),
 )
 
 UNSUPPORTED: tuple[Unsupported, ...] = (

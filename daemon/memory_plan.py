@@ -89,8 +89,8 @@ def plan_memory(
 
     Raises StartupError when the model cannot be served by this build or does not fit, in the worker's words.
     """
-    config, architecture = _read_decoder(model)
-    shard = Shard(0, model.world_size)
+    shard = Shard(0, model.world_size, model.moe_ep)
+    config, architecture = _read_decoder(model, shard)
     weights = _stored_weights(model.weight_path)
     dtype = _compute_dtype(model, weights)
     limits = _limits(schedule, config)
@@ -129,12 +129,12 @@ def plan_memory(
     return replace(plan, num_blocks=blocks, available=share)
 
 
-def _read_decoder(model: ModelSettings) -> tuple[DecoderConfig, str]:
+def _read_decoder(model: ModelSettings, shard: Shard) -> tuple[DecoderConfig, str]:
     values = ConfigValues.read(model.weight_path / "config.json")
     architecture, family = family_of(values)
     how = " through transformers" if family is GENERIC else ""
     config = family.parse(values)
-    check_divides(config, model.world_size, model.weight_path, has_own_family=family is not GENERIC)
+    check_divides(config, shard, model.weight_path, has_own_family=family is not GENERIC)
     return config, f"{architecture}{how}"
 
 

@@ -159,6 +159,7 @@ class ModelSettings:
     cpu_mem_gib: int
     kv_cache_dtype: Literal["auto", "int8"] = "auto"  # auto: dtype, or int8 if the checkpoint asks for it
     batch_invariant: bool = False  # no answer depends on what else is computed, seeded or not
+    moe_ep: int = 1  # groups of ranks that experts are dealt to whole; a divisor of world_size
     lora: LoraSettings = LoraSettings()
     chat: ChatSettings = ChatSettings()
 

@@ -45,7 +45,8 @@ def run_worker(given: WorkerContext) -> NoReturn:
     runner = ModelRunner(
         given.model, given.schedule, given.device, progress, given.num_workers, given.keepsake
     )
-    runner.join(Shard(given.rank, given.num_ranks), wire.meeting_file(given.generation), given.init_timeout_s)
+    shard = Shard(given.rank, given.num_ranks, given.model.moe_ep)
+    runner.join(shard, wire.meeting_file(given.generation), given.init_timeout_s)
     runner.load()
     num_blocks = runner.size_kv_cache()
     runner.allocate(num_blocks)

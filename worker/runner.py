@@ -83,7 +83,7 @@ class ModelRunner:
         config = cls.parse_config(raw)
         shard = self.group.shard
         shapes = cls.tensor_shapes(config)
-        check_divides(config, shard.size, folder, has_own_family=shapes is not None)
+        check_divides(config, shard, folder, has_own_family=shapes is not None)
         checkpoint = Checkpoint(folder)
         if shapes is not None:
             checkpoint.check(shapes, cls.ignorable_tensors(config))

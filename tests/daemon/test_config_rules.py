@@ -304,12 +304,41 @@ def test_ranks_may_divide_a_model(home: Home, tp: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "groups"),
+    [
+        ({}, 1),
+        ({"moe_tp": 4}, 1),
+        ({"moe_tp": 2}, 2),
+        ({"moe_tp": 1}, 4),
+        ({"moe_ep": 4}, 4),
+        ({"moe_ep": 2, "moe_tp": 2}, 2),
+    ],
+)
+def test_experts_may_be_dealt_to_groups_of_ranks(home: Home, changes: dict[str, int], groups: int) -> None:
+    home.backend["npuDeviceIds"] = [[0, 1, 2, 3]]
+    home.model.update(worldSize=4, **changes)
+    assert home.load().model.moe_ep == groups
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [({"moe_ep": 3}, "moe_ep=3"), ({"moe_tp": 8}, "moe_tp=8"), ({"moe_ep": 2, "moe_tp": 4}, "moe_ep=2")],
+)
+def test_groups_for_experts_that_are_no_share_of_the_ranks(
+    home: Home, changes: dict[str, int], key: str
+) -> None:
+    home.backend["npuDeviceIds"] = [[0, 1, 2, 3]]
+    home.model.update(worldSize=4, **changes)
+    finding = home.only_finding()
+    assert key in finding and "moe_ep*moe_tp must be worldSize" in finding
+
+
+@pytest.mark.parametrize(
     ("changes", "key"),
     [
         ({"dp": 2, "tp": 1}, "dp=2: not supported by this build; allowed: 1, or more instances"),
         ({"cp": 2, "tp": 1}, "cp=2: not supported by this build; allowed: 1, and a larger tp instead"),
         ({"sp": 2}, "sp=2: not supported by this build"),
-        ({"moe_ep": 2, "moe_tp": 1}, "moe_ep=2: not supported by this build"),
     ],
 )
 def test_ranks_divide_a_model_in_no_other_way(home: Home, changes: dict[str, int], key: str) -> None:

@@ -49,14 +49,18 @@ class ThreadGroup:
         return shares
 
 
-def on_ranks(size: int, work: Callable[[ParallelGroup], T]) -> list[T]:
-    """What `work` returns on each rank; the first failure is raised, and ends the others."""
+def on_ranks(size: int, work: Callable[[ParallelGroup], T], moe_ep: int = 1) -> list[T]:
+    """What `work` returns on each rank; the first failure is raised, and ends the others.
+
+    `moe_ep`: groups of ranks that experts are dealt to.
+    """
     table = [torch.empty(0)] * size
     barrier = threading.Barrier(size)
 
     def run(rank: int) -> T:
+        torch.set_num_threads(1)  # of this thread; the ranks share the machine
         try:
-            return work(ThreadGroup(Shard(rank, size), table, barrier))
+            return work(ThreadGroup(Shard(rank, size, moe_ep), table, barrier))
         except BaseException:
             barrier.abort()
             raise

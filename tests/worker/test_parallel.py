@@ -18,11 +18,20 @@ from engine.settings import LoraModule, LoraSettings, ModelSettings
 from engine.step_records import decode, encode
 from engine.wire.keepsake import Keepsake
 from scripts import quantize
-from scripts.write_random_model import Shape, write_model
+from scripts.write_random_model import Experts, Latent, Shape, write_model
 from tests.lora_adapters import write_adapter
 from tests.worker.conftest import BLOCK_SIZE, MODEL, NUM_BLOCKS, SCHEDULE
 from tests.worker.ranks import on_ranks
+from worker.config_values import ConfigValues
+from worker.hf_config import ExpertsConfig
+from worker.layers.moe import RoutedExperts, Router
+from worker.layers.row_ops import TorchRowOps
+from worker.loader import Checkpoint
+from worker.models.configs import parse_qwen3_moe
+from worker.models.sparse import Qwen3MoeForCausalLM
+from worker.models.weight_reader import WeightReader
 from worker.parallel import Alone, ParallelGroup
+from worker.platforms.cpu import CpuPlatform
 from worker.prompt_logprobs import PromptHeads, PromptLogprobs
 from worker.runner import ModelRunner
 
@@ -31,6 +40,18 @@ FAMILIES = {
     "tied": Shape("qwen2", layers=2, hidden=64, heads=4, kv_heads=2, intermediate=96, vocab=600, tied=True),
     "own-head": Shape(
         "llama", layers=2, hidden=96, heads=4, kv_heads=4, intermediate=64, vocab=400, tied=False
+    ),
+    "mixtral": Shape("mixtral", 2, 64, 4, 2, 48, 400, tied=False, experts=Experts(4, 2, 48)),
+    # experts of a width that four ranks do not divide
+    "qwen3-moe": Shape(
+        "qwen3_moe", 2, 64, 4, 4, 96, 400, tied=False, eps=1e-6, head_size=16, experts=Experts(8, 2, 42)
+    ),
+    "deepseek-v3": Shape(
+        "deepseek_v3",
+        *(3, 64, 4, 4, 96, 400),
+        tied=False,
+        experts=Experts(8, 3, 32, dense=1, shared=2, groups=4, groups_per_token=2),
+        latent=Latent(48, 32, 16, 16, 16),
     ),
 }
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # sums in another order
@@ -52,13 +73,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in home.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def platform() -> CpuPlatform:
+    """Measures its kernels once for all ranks."""
+    platform = CpuPlatform()
+    platform.choose_kernels(torch.float32)
+    return platform
+
+
 def run_of(
     settings: ModelSettings, reproducible: bool = False
 ) -> Callable[[ParallelGroup], list[torch.Tensor]]:
     """Some steps: prompts, two of them in two pieces, then tokens; logits and scores, at last the sizes."""
 
     def work(group: ParallelGroup) -> list[torch.Tensor]:
-        torch.set_num_threads(1)
         runner = ModelRunner(
             settings, SCHEDULE, 0, lambda phase, fraction: None, keepsake=_keepsakes[settings.weight_path]
         )
@@ -120,6 +148,73 @@ def test_ranks_say_what_the_whole_model_says(folders: dict[str, Path], name: str
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "moe_ep"),
+    [
+        ("mixtral", 2, 2),
+        ("qwen3-moe", 2, 1),
+        ("qwen3-moe", 4, 2),
+        ("qwen3-moe", 4, 4),
+        ("deepseek-v3", 2, 2),
+        ("deepseek-v3", 4, 2),
+    ],
+)
+def test_experts_are_dealt_to_ranks(folders: dict[str, Path], name: str, size: int, moe_ep: int) -> None:
+    settings = replace(MODEL, weight_path=folders[name])
+    *whole, _ = run_of(settings)(Alone())
+    *leader, _ = on_ranks(size, run_of(settings), moe_ep)[0]
+    for ours, theirs in zip(leader, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_experts_that_no_token_goes_to_contribute_nothing() -> None:
+    """One token, two of eight experts: at least two of four groups have nothing to do."""
+    torch.manual_seed(3)
+    router = torch.nn.Linear(16, 8, bias=False)
+    experts = [(torch.nn.Linear(16, 24), torch.nn.Linear(12, 16)) for _ in range(8)]
+    config = ExpertsConfig(num_experts=8, per_token=2, intermediate_size=12)
+
+    def routed(first: int, last: int) -> RoutedExperts:
+        return RoutedExperts(Router(config, router, None), experts[first:last], TorchRowOps(), first=first)
+
+    with torch.inference_mode():
+        for token in torch.randn(6, 1, 16):
+            chosen = set((Router(config, router, None)(token)[1] // 2).flatten().tolist())
+            parts = [routed(first, first + 2)(token) for first in (0, 2, 4, 6)]
+            assert {number for number, part in enumerate(parts) if part.any()} == chosen
+            torch.testing.assert_close(sum(parts), routed(0, 8)(token))
+
+
+def test_a_rank_reads_no_experts_but_its_own(folders: dict[str, Path], platform: CpuPlatform) -> None:
+    class Noting(Checkpoint):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            self.read: set[tuple[str, tuple[int, ...]]] = set()
+
+        def _tensor(self, name: str) -> torch.Tensor:
+            tensor = super()._tensor(name)
+            self.read.add((name, tuple(tensor.shape)))
+            return tensor
+
+    def work(group: ParallelGroup) -> set[tuple[str, tuple[int, ...]]]:
+        folder = folders["qwen3-moe"]
+        config = parse_qwen3_moe(ConfigValues.read(folder / "config.json"))
+        checkpoint = Noting(folder)
+        Qwen3MoeForCausalLM(config, checkpoint, platform, torch.float32, 64, lambda part: None, group)
+        return {(name, shape) for name, shape in checkpoint.read if ".experts." in name}
+
+    parts = on_ranks(4, work, moe_ep=2)
+    shapes = {"gate_proj": (21, 64), "up_proj": (21, 64), "down_proj": (64, 21)}
+    for rank, read in enumerate(parts):
+        own = range(4) if rank < 2 else range(4, 8)
+        assert read == {
+            (f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight", shape)
+            for layer in range(2)
+            for expert in own
+            for name, shape in shapes.items()
+        }
+
+
 def test_every_rank_gets_the_same_bits_and_gets_them_again(folders: dict[str, Path]) -> None:
     settings = replace(MODEL, weight_path=folders["own-head"], dtype="bfloat16")
     first, second = (on_ranks(2, run_of(settings, reproducible=True)) for _ in range(2))
@@ -139,14 +234,10 @@ def test_adapters_are_divided_with_their_layers(folders: dict[str, Path]) -> Non
     assert (plain[0] - whole[0]).abs().max() > 100 * TOLERANCE["atol"]  # the adapter matters
 
 
-def test_a_rank_reads_its_part_of_the_files(folders: dict[str, Path]) -> None:
-    from worker.loader import Checkpoint
-    from worker.models.weight_reader import WeightReader
-    from worker.platforms.cpu import CpuPlatform
-
+def test_a_rank_reads_its_part_of_the_files(folders: dict[str, Path], platform: CpuPlatform) -> None:
     def work(group: ParallelGroup) -> dict[str, tuple[int, ...]]:
         checkpoint = Checkpoint(folders["own-head"])
-        reader = WeightReader(checkpoint, CpuPlatform(), torch.float32, group)
+        reader = WeightReader(checkpoint, platform, torch.float32, group)
         prefix = "model.layers.0."
         reader.column_parallel(prefix, "self_attn.q_proj", units=(4,))
         reader.row_parallel(prefix, "mlp.down_proj")

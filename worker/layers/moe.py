@@ -22,6 +22,7 @@ class Router:
         self._config = config
         self._linear = linear
         self._correction = correction
+        self.num_experts = config.num_experts
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [T, hidden] -> weights, float32 [T, per_token], and experts, int64 of the same shape."""
@@ -57,24 +58,36 @@ def _sigmoid(x: Tensor) -> Tensor:
 class RoutedExperts:
     """Gated MLPs. A step's tokens are brought into the order of their experts, each of which runs once."""
 
-    def __init__(self, router: Router, experts: Sequence[tuple[Linear, Linear]], ops: RowOps) -> None:
-        """`experts`: gate and up merged, and down."""
+    def __init__(
+        self, router: Router, experts: Sequence[tuple[Linear, Linear]], ops: RowOps, first: int = 0
+    ) -> None:
+        """`experts`: gate and up merged, and down; of those the router knows all, or some from `first` on."""
         self._router = router
         self._experts = experts
         self._ops = ops
+        self._first = first
+        self._some = len(experts) < router.num_experts
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [T, hidden] -> [T, hidden]."""
+        """x: [T, hidden] -> [T, hidden], what these experts contribute."""
         weights, chosen = self._router(x)
         per_token = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=len(self._experts)).tolist()
+        number = len(self._experts)
+        places = chosen.flatten()
+        if self._some:  # those of other ranks come behind
+            places = places - self._first
+            places.masked_fill_((places < 0) | (places >= number), number)
+        counts = places.bincount(minlength=number)[:number].tolist()
+        order = places.argsort(stable=True)[: sum(counts)]
         sorted_x = x.index_select(0, order // per_token)
         parts = []
         for (gate_up, down), tokens in zip(self._experts, torch.split(sorted_x, counts), strict=True):
             if len(tokens):
                 parts.append(down(self._ops.silu_mul(gate_up(tokens))))
-        y = torch.empty_like(sorted_x).index_copy_(0, order, torch.cat(parts)).view(len(x), per_token, -1)
+        y = x.new_zeros(chosen.numel(), x.shape[1])
+        if parts:
+            y.index_copy_(0, order, torch.cat(parts))
+        y = y.view(len(x), per_token, -1)
         # one expert after the other, in the order of their scores: a token's sum must not depend on others
         total = y[:, 0] * weights[:, :1]
         for rank in range(1, per_token):

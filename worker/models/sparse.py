@@ -45,15 +45,17 @@ class SparseForCausalLM(LlamaForCausalLM):
         if experts is None or index in experts.dense_layers:
             return super().make_mlp(config, reader, index)
         prefix = f"model.layers.{index}.{cls.names.block}"
+        own = reader.shard.whole_experts.part(experts.num_experts)
         routed = RoutedExperts(
             cls._router(experts, reader, f"{prefix}{cls.names.router}"),
-            cls._experts(experts, reader, f"model.layers.{index}."),
+            cls._experts(own, reader, f"model.layers.{index}."),
             reader.row_ops,
+            first=own.start,
         )
         mlp: Mlp = routed
         if experts.shared_intermediate_size:
             mlp = WithShared(routed, GatedMlp(reader, f"{prefix}shared_experts.", whole=False))
-        # each rank has a part of every expert: one sum over the ranks for all that a token goes to
+        # each rank has some experts, or a part of each: one sum over the ranks for all that a token goes to
         return mlp if reader.shard.size == 1 else lambda x: reader.group.sum(mlp(x))
 
     @staticmethod
@@ -68,15 +70,13 @@ class SparseForCausalLM(LlamaForCausalLM):
         return Router(experts, linear, correction)
 
     @classmethod
-    def _experts(
-        cls, experts: ExpertsConfig, reader: WeightReader, prefix: str
-    ) -> list[tuple[Linear, Linear]]:
-        """Gate and up of each merged, and down."""
+    def _experts(cls, own: slice, reader: WeightReader, prefix: str) -> list[tuple[Linear, Linear]]:
+        """Of this rank's experts each: gate and up merged, and down."""
         gate, up, down = cls.names.linears
         packed = []
-        for first in range(0, experts.num_experts, _EXPERTS_AT_ONCE):
+        for first in range(own.start, own.stop, _EXPERTS_AT_ONCE):
             with reader.holding():
-                for number in range(first, min(first + _EXPERTS_AT_ONCE, experts.num_experts)):
+                for number in range(first, min(first + _EXPERTS_AT_ONCE, own.stop)):
                     at = f"{prefix}{cls.names.expert(number)}"
                     packed.append(reader.expert(at, gate, up, down))
         return packed

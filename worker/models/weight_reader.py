@@ -189,13 +189,14 @@ class WeightReader:
     def expert(self, prefix: str, gate: str, up: str, down: str) -> tuple[Linear, Linear]:
         """Of an expert's MLP this rank's share: gate and up merged, and down, whose results are to be summed.
 
-        As column-parallel and row-parallel layers, but closed to adapters.
+        As column-parallel and row-parallel layers of the ranks that have this expert; closed to adapters.
         """
+        own = self.shard.within_expert
         for name in (gate, up):
             length = self._checkpoint.stored_shape(f"{prefix}{name}.weight")[0]
-            self._checkpoint.read_only(f"{prefix}{name}", outputs=self.shard.part(length))
+            self._checkpoint.read_only(f"{prefix}{name}", outputs=own.part(length))
         length = self._checkpoint.stored_shape(f"{prefix}{down}.weight")[1]
-        self._checkpoint.read_only(f"{prefix}{down}", inputs=self.shard.part(length))
+        self._checkpoint.read_only(f"{prefix}{down}", inputs=own.part(length))
         return self.linear(prefix, gate, up), self.linear(prefix, down)
 
     def heads_of(self, module: str, heads: int) -> Tensor:
