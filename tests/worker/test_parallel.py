@@ -35,9 +35,10 @@ from worker.platforms.cpu import CpuPlatform
 from worker.prompt_logprobs import PromptHeads, PromptLogprobs
 from worker.runner import ModelRunner
 
+VOCAB = 600
 FAMILIES = {
     # heads of keys and values: a half and, with four ranks, a whole one each of two neighbours
-    "tied": Shape("qwen2", layers=2, hidden=64, heads=4, kv_heads=2, intermediate=96, vocab=600, tied=True),
+    "tied": Shape("qwen2", layers=2, hidden=64, heads=4, kv_heads=2, intermediate=96, vocab=VOCAB, tied=True),
     "own-head": Shape(
         "llama", layers=2, hidden=96, heads=4, kv_heads=4, intermediate=64, vocab=400, tied=False
     ),
@@ -66,9 +67,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("divided")
     for name, shape in FAMILIES.items():
         write_model(shape, home / name, dtype="float32")
-    assert (
-        quantize.main(["--model", str(home / "tied"), "--out", str(home / "w8a16"), "--scheme", "w8a16"]) == 0
-    )
+    texts = home / "texts"
+    texts.write_text("\n".join(f"{number} of so many words" for number in range(40)))
+    for scheme in ("w8a16", "w8a8", "w8a8_dynamic"):
+        arguments = ["--model", str(home / "tied"), "--out", str(home / scheme), "--scheme", scheme]
+        assert quantize.main([*arguments, *(("--calibrate", str(texts)) if scheme == "w8a8" else ())]) == 0
     write_adapter(home / "tied", home / "adapter", rank=4, strength=0.7, seed=1)
     return {path.name: path for path in home.iterdir()}
 
@@ -131,7 +134,9 @@ def run_of(
     return work
 
 
-@pytest.mark.parametrize(("name", "size"), [("tied", 2), ("tied", 4), ("own-head", 2), ("w8a16", 2)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("tied", 2), ("tied", 4), ("own-head", 2), ("w8a16", 2), ("w8a8", 2)]
+)
 def test_ranks_say_what_the_whole_model_says(folders: dict[str, Path], name: str, size: int) -> None:
     settings = replace(MODEL, weight_path=folders[name])
     *whole, whole_sizes = run_of(settings)(Alone())
@@ -146,6 +151,24 @@ def test_ranks_say_what_the_whole_model_says(folders: dict[str, Path], name: str
         assert blocks == max(1, FAMILIES.get(name, FAMILIES["tied"]).kv_heads // size) / (
             FAMILIES.get(name, FAMILIES["tied"]).kv_heads
         )
+
+
+def all_logits(folder: Path, size: int) -> torch.Tensor:
+    found = on_ranks(size, run_of(replace(MODEL, weight_path=folder)))[0]
+    return torch.cat([tensor for tensor in found if tensor.dim() == 2 and tensor.shape[1] == VOCAB])
+
+
+def test_activations_in_int8_are_divided_with_their_constants(folders: dict[str, Path]) -> None:
+    """Sums in another order may round one input of thousands to the next whole number, and no more."""
+    whole, divided = (all_logits(folders["w8a8"], size) for size in (1, 2))
+    assert ((divided - whole).norm(dim=1) < 0.01 * whole.norm(dim=1)).all()
+
+
+def test_ranks_scale_their_own_inputs_no_worse(folders: dict[str, Path]) -> None:
+    """Where a layer's inputs are divided, each rank scales its part by itself: not the same, but as near."""
+    exact = all_logits(folders["tied"], 1)
+    whole, divided = (all_logits(folders["w8a8_dynamic"], size) - exact for size in (1, 2))
+    assert 0 < divided.norm() < 1.2 * whole.norm()
 
 
 @pytest.mark.parametrize(
