@@ -132,7 +132,7 @@ def on_instance(
     num_blocks: int,
     scenario: Callable[[Instance], T],
 ) -> T:
-    """What `scenario` returns for an instance of `size` ranks."""
+    """What `scenario`, which ends with a step, returns for an instance of `size` ranks."""
     number = next(_numbers)
     rings = [
         create_ring(
@@ -141,6 +141,8 @@ def on_instance(
         for rank in range(1, size)
     ]
     over = threading.Event()
+
+    adapters: list[set[str]] = []
 
     def work(group: ParallelGroup) -> T | None:
         runner = ModelRunner(model, schedule, 0, lambda phase, fraction: None, keepsake=_keepsake)
@@ -154,16 +156,20 @@ def on_instance(
             follower = Follower(runner, records, watched)
             while not over.is_set():
                 follower.step()
+            adapters.append({name for name, _ in runner.adapters.loaded()})
             return None
         vocabulary = Vocabulary(model.weight_path, False, runner.vocab_size, runner.eos_token_ids)
         masks = MaskClient(vocabulary, slots=64)  # its processes end with the thread that starts them
         try:
             followers = StepSender([RingWriter(ring) for ring in rings], timeout_s=30.0) if rings else None
-            return scenario(Instance(runner, model.weight_path, schedule, num_blocks, followers, masks))
+            found = scenario(Instance(runner, model.weight_path, schedule, num_blocks, followers, masks))
+            adapters.append({name for name, _ in runner.adapters.loaded()})
+            return found
         finally:
             over.set()
             masks.close()
 
     found = on_ranks(size, work)[0]
     assert found is not None
+    assert len(adapters) == size and all(names == adapters[0] for names in adapters)
     return found

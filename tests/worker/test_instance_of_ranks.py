@@ -66,11 +66,11 @@ def test_requests_are_swapped_out_and_in() -> None:
     def scenario(instance: Instance) -> Tokens:
         ask_all(instance)
         told = instance.serve()
-        assert any(plan.swap_out for plan in instance.plans) and any(plan.swap_in for plan in instance.plans)
+        assert sum(len(plan.swap_in) for plan in instance.plans) > 10
         return told
 
     limits = replace(LIMITS, max_preempt_count=2)
-    same_on_two(scenario, model=replace(TINY, cpu_mem_gib=1), schedule=limits, num_blocks=34)
+    same_on_two(scenario, model=replace(TINY, cpu_mem_gib=1), schedule=limits, num_blocks=20)
 
 
 def test_guesses_are_checked_by_all_ranks() -> None:
@@ -103,7 +103,7 @@ def test_prompts_in_pieces_beside_rows_that_decode() -> None:
 
 
 def test_adapters_come_and_go_between_steps(tmp_path: Path) -> None:
-    """Under one name another one, at last: no rank may keep the first."""
+    """Under one name another one, then none: no rank keeps what has gone."""
     for seed, name in enumerate(("first", "second")):
         write_adapter(TINY_MODEL, tmp_path / name, rank=4, strength=0.7, seed=seed)
 
@@ -119,6 +119,9 @@ def test_adapters_come_and_go_between_steps(tmp_path: Path) -> None:
         instance.load_adapter("guest", str(tmp_path / "second"))
         instance.ask(51, PROMPTS[0], lora="guest", ignore_eos=True)
         instance.ask(52, PROMPTS[0], ignore_eos=True)
+        instance.load_adapter("other", str(tmp_path / "first"))
+        instance.unload_adapter("guest")
+        instance.ask(53, PROMPTS[0])
         return instance.serve()
 
     lora = LoraSettings(max_loras=2, max_rank=8)
