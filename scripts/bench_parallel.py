@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
-"""What dividing a model among ranks costs: work beside that of one rank, start-up, what steps say to ranks.
+"""What dividing a model among ranks costs and gains: work, speed, start-up, what steps say to ranks.
 
     python scripts/bench_parallel.py --ranks 1,2,4
+    python scripts/bench_parallel.py --ranks 1,2 --model DIR --input 512 --whole-experts
 
 For each number of ranks it starts a daemon of its own with one thread per rank, sends the same requests, and
 tells the processor seconds of each rank and their sum over that of one rank alone: what is above 1 is work
-done twice and exchange. Then, without a daemon: bytes of a step on its way to a rank, and the time it takes
-the leader to lay them out and to hand them over.
+done twice and exchange. Beside the gain in tokens per second stands what it could be at most if no rank ever
+waited: the work of one rank alone over that of the busiest rank. Where the ranks have fewer cores than there
+are of them, no gain is to be expected.
+
+Then, without a daemon: bytes of a step on its way to a rank, and the time it takes the leader to lay them out
+and to hand them over.
 """
 
 from __future__ import annotations
@@ -42,7 +47,6 @@ from engine.wire.ring import RingReader, RingWriter, create_ring
 from worker.config_values import ConfigValues
 
 _BLOCK = 128
-_INPUT = 64  # tokens of each prompt of the load
 # what a step is -> its kind, rows, tokens in the cache of each, tokens computed of each
 STEPS = {
     "decode 1": (StepKind.DECODE, 1, 1024, 1),
@@ -63,7 +67,7 @@ class Run:
 
 async def _load(daemon: OwnDaemon, args: argparse.Namespace) -> Run:
     target = Target(urlsplit(f"http://{HOST}:{daemon.port}"), None, 600.0)
-    prompts = random_prompts(usable_ids(None, args.vocab_size), _INPUT, args.seed)
+    prompts = random_prompts(usable_ids(None, args.vocab_size), args.input, args.seed)
     left = iter([next(prompts) for _ in range(args.requests)])
 
     async def one_client() -> None:
@@ -94,30 +98,42 @@ def _processor_s(process: psutil.Process) -> float:
 
 def run_with(ranks: int, args: argparse.Namespace) -> Run:
     began = time.monotonic()
-    with own_daemon(config_of(ranks, args.model)) as daemon:
+    moe_ep = ranks if args.whole_experts else 1
+    with own_daemon(config_of(ranks, args.model, moe_ep)) as daemon:
         started = time.monotonic() - began
         run = asyncio.run(_load(daemon, args))
     return Run(started, run.processor_s, run.tokens_per_s)
 
 
-def config_of(ranks: int, model: Path) -> dict[str, Any]:
+def config_of(ranks: int, model: Path, moe_ep: int = 1) -> dict[str, Any]:
     changes = {"npuDeviceIds": [list(range(ranks))], "runtimeConfig": {"cpuThreads": 1}}
     config = configuration({"BackendConfig": changes}, mock=False, model=model)
-    config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0] |= {"worldSize": ranks}
+    config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0] |= {
+        "worldSize": ranks, "moe_ep": moe_ep,
+    }  # fmt: skip
     return config
 
 
 def ranks_table(runs: dict[int, Run]) -> str:
     """`runs`: by number of ranks; the smallest is what the others are compared with."""
-    alone = sum(runs[min(runs)].processor_s)
+    fewest = min(runs)
+    alone = runs[fewest]
     lines = [
-        f"| ranks | start s | processor s of each | sum / that of {min(runs)} | tokens/s |",
-        "|---|---|---|---|---|",
+        f"| ranks | start s | processor s of each | sum / that of {fewest} | tokens/s | / that of {fewest} |"
+        " at most |",
+        "|---|---|---|---|---|---|---|",
     ]
     for ranks, run in runs.items():
-        each = ", ".join(f"{used:.1f}" for used in run.processor_s)
-        ratio = sum(run.processor_s) / alone
-        lines.append(f"| {ranks} | {run.start_s:.1f} | {each} | {ratio:.2f} | {run.tokens_per_s:.0f} |")
+        cells = [
+            str(ranks),
+            f"{run.start_s:.1f}",
+            ", ".join(f"{used:.1f}" for used in run.processor_s),
+            f"{sum(run.processor_s) / sum(alone.processor_s):.2f}",
+            f"{run.tokens_per_s:.0f}",
+            f"{run.tokens_per_s / alone.tokens_per_s:.2f}",
+            f"{max(alone.processor_s) / max(run.processor_s):.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -176,10 +192,14 @@ def steps_table(num_followers: int, repeats: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY_MODEL, help="a model directory")
+    parser.add_argument("--model", type=Path, default=TINY_MODEL, metavar="DIR", help="a model directory")
+    parser.add_argument(
+        "--whole-experts", action="store_true", help="deal a layer's experts to the ranks (moe_ep)"
+    )
     parser.add_argument("--ranks", default="1,2,4", help='numbers of ranks; "" = only what steps say')
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--clients", type=int, default=8, help="at once")
+    parser.add_argument("--input", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--repeats", type=int, default=200, help="of each step that is told")
     parser.add_argument("--seed", type=int, default=0)
@@ -187,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.vocab_size = ConfigValues.read(args.model / "config.json").positive("vocab_size")
     ranks = sorted({int(number) for number in args.ranks.split(",") if number})
     if ranks:
-        load = f"{args.requests} requests of {_INPUT} + {args.output} tokens, {args.clients} at once"
+        load = f"{args.requests} requests of {args.input} + {args.output} tokens, {args.clients} at once"
         print(f"{args.model.name}, {load}\n")
         print(ranks_table({number: run_with(number, args) for number in ranks}), flush=True)
         print()

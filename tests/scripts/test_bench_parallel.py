@@ -24,8 +24,8 @@ def test_every_step_arrives_as_it_was_sent(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_work_is_compared_with_the_fewest_ranks() -> None:
-    table = bench.ranks_table({1: bench.Run(5.0, [4.0], 100.0), 2: bench.Run(6.0, [2.5, 2.5], 150.0)})
+    table = bench.ranks_table({1: bench.Run(5.0, [4.0], 100.0), 2: bench.Run(6.0, [2.5, 2.0], 150.0)})
     assert table.splitlines()[2:] == [
-        "| 1 | 5.0 | 4.0 | 1.00 | 100 |",
-        "| 2 | 6.0 | 2.5, 2.5 | 1.25 | 150 |",
+        "| 1 | 5.0 | 4.0 | 1.00 | 100 | 1.00 | 1.00 |",
+        "| 2 | 6.0 | 2.5, 2.0 | 1.12 | 150 | 1.50 | 1.60 |",
     ]
