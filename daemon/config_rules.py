@@ -5,7 +5,6 @@ A rule runs only when every value it needs was accepted, so one mistake is not r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -150,12 +149,16 @@ def _parallel(values: Values, report: Report) -> None:  # R8
 def _experts_parallel(values: Values, report: Report) -> None:  # R8
     if values.flag(_MULTI_NODE):
         return
-    paths, world = (_MOE_EP, _MOE_TP), values.integer(_WORLD)
-    given = {path: size for path in paths if (size := values.maybe_integer(path)) is not None}
-    product = math.prod(given.values())
-    if world % product if len(given) < 2 else product != world:
-        path, size = next(iter(given.items()))
-        report.refuse(path, size, "moe_ep*moe_tp must be worldSize", f"a divisor of {world}", (_WORLD, world))
+    world = values.integer(_WORLD)
+    groups, ranks = values.maybe_integer(_MOE_EP), values.maybe_integer(_MOE_TP)
+    if groups is not None and ranks is not None:
+        if groups * ranks != world:
+            wrong = f"moe_ep*moe_tp = {groups}*{ranks} = {groups * ranks}"
+            report.refuse(_MOE_EP, groups, wrong, "moe_ep*moe_tp equal to worldSize", (_WORLD, world))
+        return
+    for path, size in ((_MOE_EP, groups), (_MOE_TP, ranks)):
+        if size is not None and world % size:
+            report.refuse(path, size, "no divisor of worldSize", f"a divisor of {world}", (_WORLD, world))
 
 
 def expert_groups(values: Values) -> int:
