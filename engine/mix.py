@@ -12,6 +12,7 @@ from engine.group_blocks import needs
 from engine.outcome import Outcome
 from engine.pacing import ChunkPacer
 from engine.plan import StepKind, StepPlan
+from engine.requests import Turn
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceGroup
 from engine.settings import MixSettings, ScheduleSettings
@@ -44,33 +45,35 @@ class MixScheduler(Scheduler):
         super().__init__(limits, blocks, eos_token_ids, swap)
         self._mix = mix
         self._pacer = ChunkPacer()
-        self._num_decoding = 0  # rows of the step
         self._budget = 0  # tokens of prompts that the step may still take
 
     def schedule(self, now: float) -> StepPlan | None:
-        self._begin_step(now)
+        self.turn = turn = Turn(now)
         if self.waiting:
             self._protect_first_token(now)
         decoding = self._decode_batch()
-        self._num_decoding = sum(len(group.live) for group in decoding)
-        self._budget = self.limits.max_prefill_tokens - self._num_decoding
+        turn.num_decoding = sum(len(group.live) for group in decoding)
+        self._budget = self.limits.max_prefill_tokens - turn.num_decoding
         if decoding and not self._mix.chunk_size:
-            self._budget = min(self._budget, self._pacer.tokens(self._num_decoding))
+            self._budget = min(self._budget, self._pacer.tokens(turn.num_decoding))
         draft = Draft()
         for group in decoding:
             draft.continue_all(group)
         begun = [group for group in self.running if group.prefilling]
         prefilling = [group for group in begun if self._take_chunk(group, draft)]
         prefilling += self._begin_waiting(draft, begun)
-        self._step_groups = decoding + prefilling
-        if not self._step_groups:
+        turn.groups = decoding + prefilling
+        if not turn.groups:
             return None
         kind = StepKind.MIXED if decoding else StepKind.PREFILL
         return draft.plan(kind if prefilling else StepKind.DECODE, self.blocks, self.swap)
 
     def commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Outcome]:
-        self._pacer.note(self._num_decoding, plan.num_tokens - self._num_decoding, now - self._step_started)
+        self.note_pace(self.turn, plan, now - self.turn.started)
         return super().commit(plan, sampled, now)
+
+    def note_pace(self, turn: Turn, plan: StepPlan, seconds: float) -> None:
+        self._pacer.note(turn.num_decoding, plan.num_tokens - turn.num_decoding, seconds)
 
     def seconds_until_due(self, now: float) -> float | None:
         """Nobody waits for company."""
