@@ -100,6 +100,6 @@ class BeamSearch:
 def _fork(source: Sequence, target: Sequence, blocks: BlockManager) -> None:
     blocks.share(source, target)
     target.tokens[: source.num_tokens] = source.tokens[: source.num_tokens]
-    target.num_tokens = source.num_tokens
+    target.num_tokens = target.num_known = source.num_tokens
     target.block_digests = source.block_digests.copy()
     target.num_computed = source.num_computed

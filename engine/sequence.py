@@ -25,6 +25,9 @@ class Sequence:
 
     `tokens[:num_tokens]` is the prompt followed by the output so far. The first `num_computed` of them
     have keys and values in the cache; a running sequence always lacks exactly its newest token there.
+
+    Where steps overlap (engine/lookahead.py) the newest token may be on its way still: `tokens[:num_known]`
+    are there. Who plans steps reads and writes `num_tokens`, who computes them `num_known`.
     """
 
     __slots__ = (
@@ -36,6 +39,7 @@ class Sequence:
         "ended",
         "guess_length",
         "num_computed",
+        "num_known",
         "num_prompt",
         "num_published",
         "num_tokens",
@@ -65,7 +69,7 @@ class Sequence:
         self.branch = branch
         self.seed = branch_seed(params.seed, branch)
         self.num_prompt = len(prompt)
-        self.num_tokens = len(prompt)
+        self.num_tokens = self.num_known = len(prompt)
         # one allocation for the whole life: appending never copies
         self.tokens: TokenArray = np.empty(len(prompt) + params.max_tokens, np.int32)
         self.tokens[: len(prompt)] = prompt
@@ -91,8 +95,13 @@ class Sequence:
         return self.tokens[: self.num_prompt]
 
     @property
+    def num_known_output(self) -> int:
+        return self.num_known - self.num_prompt
+
+    @property
     def output_ids(self) -> TokenArray:
-        return self.tokens[self.num_prompt : self.num_tokens]
+        """As far as it is known."""
+        return self.tokens[self.num_prompt : self.num_known]
 
     @property
     def owes_prompt_scores(self) -> bool:
@@ -100,8 +109,13 @@ class Sequence:
         return self.params.prompt_logprobs >= 0 and self.num_told < self.num_prompt - 1
 
     def append(self, token: int) -> None:
-        self.tokens[self.num_tokens] = token
-        self.num_tokens += 1
+        self.learn(token)
+        self.num_tokens = self.num_known
+
+    def learn(self, token: int) -> None:
+        """The token that follows those that are known; `num_tokens` may count it already."""
+        self.tokens[self.num_known] = token
+        self.num_known += 1
 
     def __repr__(self) -> str:  # never the tokens: they are the user's text
         return f"Sequence({self.request_id}.{self.branch}, {self.num_prompt}+{self.num_output} tokens)"
@@ -186,7 +200,7 @@ class SequenceGroup:
             seq.ended = count == ENDED
             if count > 0:
                 seq.tokens[seq.num_prompt : seq.num_prompt + count] = ids[start : start + count]
-                seq.num_tokens += count
+                seq.num_tokens = seq.num_known = seq.num_prompt + count
                 start += count
         if outputs:
             for seq in self.sequences:

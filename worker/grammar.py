@@ -78,7 +78,7 @@ class GrammarBook:
         params = sequence.params
         progress = self._progress(sequence)
         if not progress.answering:
-            over = sequence.num_output - params.thinking_budget
+            over = sequence.num_known_output - params.thinking_budget
             if params.thinking_budget and over >= 0:
                 # by position alone: it is over before these are
                 return params.reasoning_end[over]

@@ -80,7 +80,7 @@ class Sampler:
             if bound:
                 assert self._grammars is not None
                 self._grammars.collect(bound, alone=len(bound) == len(sequences))
-            positions = np.array([sequence.num_output for sequence in own], np.uint64)
+            positions = np.array([sequence.num_known_output for sequence in own], np.uint64)
             if guessed_before is not None:
                 positions += guessed_before[rows].astype(np.uint64)
             uniforms = uniform(np.array([sequence.seed for sequence in own], np.uint64), positions)
@@ -163,7 +163,7 @@ def steer(logits: Floats, sequence: Sequence, eos: Seq[int]) -> None:
         logits[token] += bias
     if params.needs_penalties:
         penalize(logits, sequence)
-    if sequence.num_output < params.min_tokens:
+    if sequence.num_known_output < params.min_tokens:
         logits[[*eos, *params.stop_token_ids]] = -np.inf
 
 
@@ -204,7 +204,7 @@ def penalize(logits: Floats, sequence: Sequence) -> None:
     params = sequence.params
     with np.errstate(over="ignore"):
         if params.repetition_penalty != 1.0:
-            seen = sequence.tokens[: sequence.num_tokens]
+            seen = sequence.tokens[: sequence.num_known]
             seen = seen[logits[seen] > -np.inf]
             values = _wide(logits[seen])  # a repeated token is computed and written twice, alike
             logits[seen] = _clipped(
