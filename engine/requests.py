@@ -55,6 +55,8 @@ class Requests:
         self.swapped: list[SequenceGroup] = []
         self.by_id: dict[int, SequenceGroup] = {}
         self.turn = Turn()
+        # those whose last token is under way: only where steps overlap, see engine/lookahead.py
+        self.closing: set[SequenceGroup] = set()
         self.num_preemptions = 0
         self.eos = frozenset(eos_token_ids)
         self._refused: list[Outcome] = []
@@ -208,9 +210,11 @@ class Requests:
             return FinishCode.EOS
         if token in group.stop_token_ids:
             return FinishCode.STOP_TOKEN
-        if seq.num_output >= params.max_tokens or seq.num_tokens >= self.limits.max_seq_len:
-            return FinishCode.LENGTH
-        return FinishCode.NONE
+        return FinishCode.LENGTH if self.is_full(group, seq) else FinishCode.NONE
+
+    def is_full(self, group: SequenceGroup, seq: Sequence) -> bool:
+        """Whether its newest token is the last one it may have."""
+        return seq.num_output >= group.params.max_tokens or seq.num_tokens >= self.limits.max_seq_len
 
     def _end(self, seq: Sequence) -> None:
         seq.ended = True

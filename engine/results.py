@@ -25,20 +25,13 @@ class StepResults:
 
     def commit(self, turn: Turn, plan: StepPlan, sampled: Sampled, now: float) -> list[Outcome]:
         """Apply what was sampled for `plan.samples` and end what is done."""
-        outcomes = [
-            row
-            for request_id, scores in sampled.prompts.items()
-            for row in prompt_outcomes(request_id, scores)
-        ]
+        outcomes = self.tell_prompts(sampled)
         for group in turn.groups:
             group.waited += turn.started - group.enqueued
-        for request_id, scores in sampled.prompts.items():
-            for seq in self._requests.by_id[request_id].sequences:
-                seq.num_told += len(scores.tokens)
         for seq, computed in zip(plan.sequences, plan.context_len.tolist(), strict=True):
             seq.num_computed = computed
         for seq in sampled.failed:
-            outcomes += self._fail(self._requests.by_id[seq.request_id])
+            outcomes += self.fail(self._requests.by_id[seq.request_id])
         beams: dict[int, list[int]] = {}  # request -> its samples
         tokens = sampled.tokens.tolist()
         counts = None
@@ -72,8 +65,24 @@ class StepResults:
             group.enqueued = now
         if plan.sample_rows is not None or any(o.finish is not FinishCode.NONE for o in outcomes):
             self._requests.sweep(turn.groups)
+        self.log(plan)
+        return outcomes
+
+    @staticmethod
+    def log(plan: StepPlan) -> None:
         if token_log.isEnabledFor(logging.DEBUG):
             token_log.debug("%s", told_step(plan))
+
+    def tell_prompts(self, sampled: Sampled) -> list[Outcome]:
+        """What the model thought of the prompts of those that are still here."""
+        outcomes: list[Outcome] = []
+        for request_id, scores in sampled.prompts.items():
+            group = self._requests.by_id.get(request_id)
+            if group is None:
+                continue
+            outcomes += prompt_outcomes(request_id, scores)
+            for seq in group.sequences:
+                seq.num_told += len(scores.tokens)
         return outcomes
 
     def _commit_sample(self, group: SequenceGroup, seq: Sequence, sampled: Sampled, index: int) -> Outcome:
@@ -110,7 +119,7 @@ class StepResults:
         )
 
     @staticmethod
-    def _fail(group: SequenceGroup) -> list[Outcome]:
+    def fail(group: SequenceGroup) -> list[Outcome]:
         """End a group of which something could not be computed."""
         live = group.live
         for seq in live:

@@ -45,7 +45,7 @@ class Scheduler(Requests):
         self.num_prefix_tokens = 0  # of prompts, looked up in the prefix cache
         self.num_prefix_hits = 0  # of them, found there
         self.speculation = Speculation(limits, blocks) if limits.guess_length else None
-        self._results = StepResults(self, self.speculation)
+        self.results = StepResults(self, self.speculation)
 
     # -- one step -----------------------------------------------------------------------------------
 
@@ -69,7 +69,10 @@ class Scheduler(Requests):
 
     def commit(self, plan: StepPlan, sampled: Sampled, now: float) -> list[Outcome]:
         """Apply what was sampled for `plan.samples` and end what is done."""
-        return self._results.commit(self.turn, plan, sampled, now)
+        return self.results.commit(self.turn, plan, sampled, now)
+
+    def note_pace(self, turn: Turn, plan: StepPlan, seconds: float) -> None:
+        """How long a step has taken, for who sizes the next ones by it."""
 
     def seconds_until_due(self, now: float) -> float | None:
         """How long the caller may sleep before `schedule` could do more; None where it has nothing to do."""
@@ -172,21 +175,27 @@ class Scheduler(Requests):
     def _num_running(self) -> int:
         return sum(len(group.live) for group in self.running)
 
+    def overdue_first_token(self, now: float) -> SequenceGroup | None:
+        """The newcomer that is next, when it lacks blocks and has waited too long for its first token."""
+        head = next((group for group in self.waiting if not group.is_probe), None)
+        if head is None or len(self.running) < 2 or head.has_output:
+            return None
+        waited_ms = (now - head.arrival) * 1e3
+        if waited_ms <= self.limits.max_first_token_wait_ms:
+            return None
+        return head if needs(self.blocks, head).blocks > self.blocks.num_free else None
+
     def _protect_first_token(self, now: float) -> None:
         """Free one running group's blocks for a newcomer that has waited too long for its first token."""
-        head = next((group for group in self.waiting if not group.is_probe), None)
-        if head is None or len(self.running) < 2:
-            return
-        waited_ms = (now - head.arrival) * 1e3
-        short = needs(self.blocks, head).blocks > self.blocks.num_free
-        if head.has_output or not short or waited_ms <= self.limits.max_first_token_wait_ms:
+        head = self.overdue_first_token(now)
+        if head is None:
             return
         # it stays at the head until it runs: a victim before it would just take the blocks back
         head.rank = -math.inf
         victim = self._give_way(may_swap=False)  # it would come back before the newcomer
         log.warning(
             "request %d waited %.0f ms for its first token: preempted request %d for it",
-            head.request_id, waited_ms, victim.request_id, extra=code(FIRST_TOKEN_LATE),
+            head.request_id, (now - head.arrival) * 1e3, victim.request_id, extra=code(FIRST_TOKEN_LATE),
         )  # fmt: skip
 
     # -- decode -------------------------------------------------------------------------------------
@@ -199,7 +208,8 @@ class Scheduler(Requests):
         """
         batch: list[SequenceGroup] = []
         width = 0
-        for group in [group for group in self.running if not group.prefilling]:
+        decoding = [group for group in self.running if not group.prefilling and group not in self.closing]
+        for group in decoding:
             if group.status is not GroupStatus.RUNNING:
                 continue  # it has given way to one before it
             if batch and width + len(group.live) > self.limits.max_batch_size:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.block_manager import BlockManager
 from engine.executor import Sampled
 from engine.mix import make_scheduler
-from engine.outcome import FinishCode
+from engine.outcome import FinishCode, Outcome
 from engine.plan import StepPlan
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, SequenceGroup
@@ -85,7 +85,7 @@ class FakeModel:
                 assert plan.positions[at] == position
                 slot = divmod(int(plan.slot_mapping[at]), self._block_size)
                 assert slot == (block, position % self._block_size)
-                assert seq.tokens[position] == plan.input_ids[at]
+                assert position >= seq.num_known or seq.tokens[position] == plan.input_ids[at]
                 self._kv[slot] = value
             else:
                 value = int(self._kv[block, position % self._block_size])
@@ -178,6 +178,13 @@ class Machine:
         assert not self.scheduler.take_refused()
         if plan is None:
             return None
+        self.inspect(plan)
+        self.note(self.scheduler.commit(plan, self.model.run(plan), self.now))
+        self.scheduler.check()
+        return plan
+
+    def inspect(self, plan: StepPlan) -> None:
+        """What holds of every plan, before it is computed."""
         self.plans.append(plan)
         assert len(set(plan.slot_mapping.tolist())) == plan.num_tokens
         written = set((plan.slot_mapping // self.blocks.block_size).tolist())
@@ -190,12 +197,12 @@ class Machine:
                 if block in seq.block_table
             }
             assert len(owners) == 1, "a block is both shared and written"
-        for outcome in self.scheduler.commit(plan, self.model.run(plan), self.now):
+
+    def note(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
             assert outcome.finish is not FinishCode.ERROR
             self.answers[outcome.request_id][outcome.branch].append(outcome.token)
             self.cached[outcome.request_id] = outcome.cached_tokens
-        self.scheduler.check()
-        return plan
 
     def serve(self, asks: Iterable[Ask]) -> dict[int, list[list[int]]]:
         """Every request to its end."""
