@@ -7,13 +7,14 @@ earlier ones accepted, so one run lists all there is to mend.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from daemon.config_api_keys import read_api_keys
 from daemon.config_environment import (
     apply_overrides,
+    async_scheduling,
     check_environment,
     memory_fraction,
     metrics_enabled,
@@ -96,6 +97,7 @@ def load_config(
     check_rules(values, report)
     check_environment(environ, values, report)
     fraction = memory_fraction(environ, values, report)
+    overlapped = async_scheduling(environ, values, report)
     listeners = _listeners(root, values, permissions, report)
     weight_path, lora = Path(), LoraSettings()
     if values.has(f"{MODEL}.modelWeightPath"):
@@ -117,7 +119,7 @@ def load_config(
         root=root,
         config_file=path,
         endpoint=_endpoint(values, listeners, api_keys, environ, report),
-        schedule=_schedule(values, report),
+        schedule=replace(_schedule(values, report), async_scheduling=overlapped),
         model=_model(values, weight_path, fraction, lora, chat),
         log=log,
         device_ids=tuple(tuple(ids) for ids in values.raw(f"{BACKEND}.npuDeviceIds")),

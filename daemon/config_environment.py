@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from daemon.config_json import VALUE_DEPTH, parse_json
+from daemon.config_plugins import PLUGIN_PARAMS, SPECULATION
 from daemon.config_report import Report
 from daemon.config_schema import BACKEND, RUNTIME, SERVER
 from daemon.config_values import Values
+from engine.settings import ASYNC_SCHEDULING
 
 DEFAULT_MEMORY_FRACTION = 0.8  # of the device memory, unless NPU_MEMORY_FRACTION says otherwise
 _MULTI_NODE = f"{BACKEND}.multiNodesInferEnabled"
@@ -36,11 +38,6 @@ _OVERRIDES = (
 
 # Variables of the original that are read and lead to nothing here: (name, values that ask for nothing, why).
 _WITHOUT_EFFECT: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    (
-        "MINDIE_ASYNC_SCHEDULING_ENABLE",
-        ("", "0"),
-        "asynchronous scheduling is not available in this build yet",
-    ),
     ("TOKENIZER_ENCODE_TIMEOUT", ("",), "ignored, e2eTimeout limits the encoding of a prompt as well"),
     ("MINDIE_LLM_RECOMPUTE_THRESHOLD", ("",), "ignored, sequences are always recomputed"),
     ("LOCAL_CACHE_DIR", ("",), "ignored, there are no multimodal models in this build"),
@@ -105,6 +102,27 @@ def metrics_enabled(environ: Mapping[str, str], report: Report) -> bool:
     elif mode not in ("", "1"):
         report.warn(f"MIES_SERVICE_MONITOR_MODE={mode}: neither 0 (off) nor 1 (on), ignored; /metrics is on")
     return mode != "0"
+
+
+def async_scheduling(environ: Mapping[str, str], values: Values, report: Report) -> bool:
+    """MINDIE_ASYNC_SCHEDULING_ENABLE: only 1 turns it on; a finding beside plugins that guess tokens."""
+    mode = environ.get(ASYNC_SCHEDULING, "")
+    if mode not in ("", "0", "1"):
+        report.warn(f"{ASYNC_SCHEDULING}={mode}: neither 1 (on) nor 0 (off), ignored; it is off")
+    if mode != "1":
+        return False
+    plugins = values.raw(PLUGIN_PARAMS) if values.has(PLUGIN_PARAMS) else ()
+    guessing = [name for name in plugins if name in SPECULATION]
+    if guessing:
+        report.refuse(
+            ASYNC_SCHEDULING,
+            mode,
+            f"the next step cannot be planned while {guessing[0]} guesses how many tokens this one gives",
+            f"0, or no plugin {' or '.join(SPECULATION)}",
+        )
+    else:
+        report.note(f"{ASYNC_SCHEDULING}=1: each step is planned while the one before it is computed")
+    return True
 
 
 def check_environment(environ: Mapping[str, str], values: Values, report: Report) -> None:

@@ -215,6 +215,7 @@ class _Endpoint:
             created=self._started,
             chat=_chat_format(given.model.chat, tokenizer),
             adapters=self._adapters.loaded,
+            one_answer=given.schedule.async_scheduling,
         )
         self._grammars = GrammarChecker(partial(tokenizer.vocabulary, ready.vocab_size))
         return GenerationService(

@@ -43,6 +43,12 @@ class AdapterDesk:
         self._scheduler = scheduler
         self._send = send
         self._leaving: set[str] = set()
+        self._num_loading = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is on its way in or out, so that `settle` is to be called between steps."""
+        return bool(self._num_loading or self._leaving)
 
     def filenos(self) -> list[int]:
         """What becomes readable when `settle` has something to do."""
@@ -56,6 +62,7 @@ class AdapterDesk:
         if self._store is None:
             self._send(LoraDone(command.name, _NONE_HERE))
         elif isinstance(command, LoraLoad):
+            self._num_loading += 1
             self._store.load(command.name, command.path)
         else:
             self._leaving.add(command.name)
@@ -65,6 +72,7 @@ class AdapterDesk:
         if self._store is None:
             return
         for name, error in self._store.take_loaded():
+            self._num_loading -= 1
             self._send(LoraDone(name, error))
         if self._leaving:
             for name in self._leaving - {group.params.lora for group in self._scheduler.groups}:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+ASYNC_SCHEDULING = "MINDIE_ASYNC_SCHEDULING_ENABLE"  # the environment variable, as texts name it
+
 Plane = Literal["business", "management", "metrics"]
 
 
@@ -105,6 +107,7 @@ class ScheduleSettings:
     guess_length: int = 0  # tokens of a sequence that speculative decoding guesses per step; 0: none
     max_preempt_count: int = 0  # requests swapped out per step; others that give way are computed again
     mix: MixSettings | None = None  # None: a step computes prompts or decodes
+    async_scheduling: bool = False  # the next step is planned before the result of the last is there
     enough_prefill_tokens: int = 2**31  # several prompts share a prefill step up to here: the device's wish
 
 

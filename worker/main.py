@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import NoReturn
 
 from engine.block_manager import BlockManager
 from engine.core import EngineCore
 from engine.mix import make_scheduler
+from engine.overlap import OverlappedCore
 from engine.swap_space import SwapSpace
 from engine.wire.messages import EngineReady, Progress, Ready
 from worker.context import WorkerContext
@@ -80,7 +82,8 @@ def run_worker(given: WorkerContext) -> NoReturn:
     followers = step_sender(given)
     sampler = Sampler(runner.vocab_size, runner.eos_token_ids, grammars, runner.device_draw)
     blocks = BlockManager(num_blocks, schedule.block_size, prefix_cache=schedule.prefix_cache)
-    core = EngineCore(
+    core_class = partial(OverlappedCore, set_up_thread=runner.set_up_thread)
+    core = (core_class if schedule.async_scheduling else EngineCore)(
         wire.instance,
         make_scheduler(schedule, blocks, runner.eos_token_ids, SwapSpace(runner.num_host_blocks)),
         LeaderExecutor(runner, sampler, followers),

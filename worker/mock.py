@@ -22,6 +22,7 @@ from engine.core import EngineCore
 from engine.errors import EXIT_INIT, StartupError
 from engine.executor import PromptScores, Sampled
 from engine.mix import make_scheduler
+from engine.overlap import OverlappedCore
 from engine.plan import StepPlan
 from engine.sequence import Sequence
 from engine.settings import ModelSettings, ScheduleSettings
@@ -53,7 +54,7 @@ class EchoExecutor:
     num_eos: int  # how many token ids end an answer
 
     def run(self, plan: StepPlan) -> Sampled:
-        echoes = (seq.tokens[seq.num_output % seq.num_prompt] for seq in plan.samples)
+        echoes = (seq.tokens[seq.num_known_output % seq.num_prompt] for seq in plan.samples)
         tokens = np.fromiter(echoes, np.int32, len(plan.samples))
         prompts = {
             seq.request_id: self._prompt_scores(seq, owed)
@@ -105,7 +106,7 @@ def run_mock_worker(given: WorkerContext) -> NoReturn:
         )
 
     blocks = BlockManager(num_blocks, schedule.block_size, prefix_cache=schedule.prefix_cache)
-    core = EngineCore(
+    core = (OverlappedCore if schedule.async_scheduling else EngineCore)(
         given.wire.instance,
         make_scheduler(schedule, blocks, eos, SwapSpace(num_blocks if schedule.max_preempt_count else 0)),
         EchoExecutor(vocab_size, len(eos)),

@@ -67,6 +67,10 @@ class ModelRunner:
         self._platform.set_up(device_id, num_workers, settings.cpu_threads)
         self.group: ParallelGroup = Alone()
 
+    def set_up_thread(self) -> None:
+        """To be called by another thread that is to compute from now on."""
+        self._platform.set_up_thread()
+
     def join(self, shard: Shard, meeting_file: Path, timeout_s: float) -> None:
         """Become one of the ranks that divide the model, before it is loaded; see `join_group`."""
         backend = self._platform.collectives

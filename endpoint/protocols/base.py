@@ -53,6 +53,7 @@ class ModelInfo:
     chat: ChatFormat = ChatFormat()
     # loaded LoRA adapters: name -> name of their directory; they come and go while the server runs
     adapters: Mapping[str, str] = field(default_factory=dict)
+    one_answer: bool = False  # asynchronous scheduling serves one sequence for each prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,10 +42,12 @@ from endpoint.protocols.sampling import resolve_sampling
 from endpoint.protocols.structured import FORMS, Grammar, read_grammar
 from endpoint.validation import Fields, Range, show
 from engine.errors import InvalidRequest
+from engine.settings import ASYNC_SCHEDULING
 
 _BIAS = Range(-100, 100)
 _MAX_BIASES = 1024
 _MAX_BEAM_TOKENS = 128
+_ONE_BY_ONE = f"{ASYNC_SCHEDULING}=1 in the server's environment"
 _BIAS_KEY = re.compile(r"[0-9]{1,10}")
 
 
@@ -147,6 +149,8 @@ def read_candidates(fields: Fields, model: ModelInfo, *, best_of_streams: bool) 
     n = N.read_up_to(fields, model.max_n) or 1
     best_of = BEST_OF.read(fields)
     width = n if best_of is None else best_of
+    if model.one_answer and max(n, width) > 1:
+        raise fields.error("n" if n > 1 else "best_of", f"1 with {_ONE_BY_ONE}", "send a request for each")
     stream = fields.raw("stream") is True
     if stream and width != n and not best_of_streams:
         raise fields.error("best_of", f"equal to `n` = {n} when `stream` is true")
@@ -207,6 +211,8 @@ def read_openai(
 
 
 def _beams(fields: Fields, model: ModelInfo) -> Candidates:
+    if model.one_answer:
+        raise fields.error("use_beam_search", f"false with {_ONE_BY_ONE}", "leave it out")
     BEST_OF.read(fields)  # without effect
     width = N.read_up_to(fields, model.max_n) or 1
     return Candidates(width, width)

@@ -464,7 +464,7 @@ def test_variables_without_effect_are_told(home: Home, environ: dict[str, str], 
 @pytest.mark.parametrize(
     ("environ", "part"),
     [
-        ({"MINDIE_ASYNC_SCHEDULING_ENABLE": "1"}, "asynchronous scheduling is not available"),
+        ({"MINDIE_ASYNC_SCHEDULING_ENABLE": "yes"}, "neither 1 (on) nor 0 (off)"),
         ({"MINDIE_LLM_RECOMPUTE_THRESHOLD": "0.5"}, "sequences are always recomputed"),
         ({"LOCAL_CACHE_DIR": "/tmp"}, "no multimodal models"),
         ({"TOKENIZER_ENCODE_TIMEOUT": "30"}, "e2eTimeout limits"),
@@ -481,6 +481,7 @@ def test_variables_that_lead_to_nothing_are_told(home: Home, environ: dict[str, 
     [
         ({"RANK_TABLE_FILE": "/x", "MASTER_IP": "10.0.0.1"}, "RANK_TABLE_FILE, MASTER_IP: for"),
         ({"MIES_SERVICE_MONITOR_MODE": "0"}, "/metrics is off"),
+        ({"MINDIE_ASYNC_SCHEDULING_ENABLE": "1"}, "planned while the one before it is computed"),
         ({"NPU_MEMORY_FRACTION": "0.5", "MINDIE_DEVICE_TYPE": "cuda"}, "NPU_MEMORY_FRACTION=0.5 taken"),
         ({"CUDA_VISIBLE_DEVICES": "3,4", "MINDIE_DEVICE_TYPE": "cuda"}, "CUDA_VISIBLE_DEVICES=3,4"),
     ],
@@ -488,6 +489,32 @@ def test_variables_that_lead_to_nothing_are_told(home: Home, environ: dict[str, 
 def test_variables_in_force_leave_one_note(home: Home, environ: dict[str, str], part: str) -> None:
     home.environ = environ
     home.note(part)
+
+
+@pytest.mark.parametrize(
+    ("value", "on"), [(None, False), ("", False), ("0", False), ("1", True), ("2", False)]
+)
+def test_asynchronous_scheduling_is_on_with_1_alone(home: Home, value: str | None, on: bool) -> None:
+    home.environ = {} if value is None else {"MINDIE_ASYNC_SCHEDULING_ENABLE": value}
+    assert home.load().schedule.async_scheduling is on
+
+
+@pytest.mark.parametrize(
+    ("plugin", "fields"),
+    [
+        ("la", {"level": 4, "window": 2, "guess_set_size": 2}),
+        ("memory_decoding", {"decoding_length": 8, "dynamic_algo": True}),
+    ],
+)
+def test_asynchronous_scheduling_and_guessed_tokens_exclude_each_other(
+    home: Home, plugin: str, fields: dict[str, object]
+) -> None:
+    home.model["plugin_params"] = json.dumps({"plugin_type": plugin, **fields})
+    home.deploy["speculationGamma"] = 30
+    home.load()
+    home.environ = {"MINDIE_ASYNC_SCHEDULING_ENABLE": "1"}
+    finding = home.only_finding()
+    assert "MINDIE_ASYNC_SCHEDULING_ENABLE" in finding and plugin in finding
 
 
 def test_device_ids_stay_within_the_visible_ones(home: Home) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,6 +188,23 @@ def test_a_wrong_type_or_range_is_refused_by_name(field: str, value: Any) -> Non
 def test_forbidden_combinations(members: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest, match=f"`{field}`.*must be"):
         parse(**members)
+
+
+@pytest.mark.parametrize(
+    ("members", "field"),
+    [
+        ({"n": 2}, "n"),
+        ({"best_of": 2}, "best_of"),
+        ({"n": 2, "best_of": 3}, "n"),
+        ({"use_beam_search": True}, "use_beam_search"),
+    ],
+)
+def test_asynchronous_scheduling_serves_one_answer_per_prompt(members: dict[str, Any], field: str) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "model": "llama", **members}
+    ADAPTER.parse(body, model_info(), {})
+    with pytest.raises(InvalidRequest, match=f"`{field}`.*MINDIE_ASYNC_SCHEDULING_ENABLE=1"):
+        ADAPTER.parse(body, replace(model_info(), one_answer=True), {})
+    ADAPTER.parse({**body, **dict.fromkeys(members)}, replace(model_info(), one_answer=True), {})
 
 
 # -- answers -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,13 @@ def records(answer: Any, of: list[TokenStep]) -> list[list[str]]:
 def test_the_body_decides_which_dialect_of_generate_it_is(body: dict[str, Any], name: str) -> None:
     adapters = [adapter for adapter in load_adapters() if "/generate" in adapter.routes]
     assert next(adapter.name for adapter in adapters if adapter.claims(body)) == name
+
+
+@pytest.mark.parametrize("members", [{"n": 2}, {"best_of": 2}, {"best_of": 2, "stream": True}])
+def test_asynchronous_scheduling_serves_one_answer_per_prompt(members: dict[str, Any]) -> None:
+    parse(**members)
+    with pytest.raises(InvalidRequest, match="MINDIE_ASYNC_SCHEDULING_ENABLE=1"):
+        ADAPTER.parse({"prompt": "hi", **members}, replace(model_info(), one_answer=True), {})
 
 
 def test_defaults_and_ignored_fields() -> None:

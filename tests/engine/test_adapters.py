@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import numpy as np
@@ -101,13 +101,21 @@ class Pipe:
         return self._fd
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Once more is fine: a link that was closed has closed its ends."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
 class Bench:
     """A core with the endpoint's ends of its channels."""
 
-    def __init__(self, store: Store | None) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        executor: Executor | None = None,
+        core_class: Callable[..., EngineCore] = EngineCore,
+    ) -> None:
         self.commands, self.events, self.control = Pipe(), Pipe(), Pipe()
         prompts = create_ring("t_prompt", 8, sizes.prompt_slot_bytes(16))
         tokens = create_ring("t_token", 8, sizes.TOKEN_SLOT_BYTES)
@@ -122,12 +130,12 @@ class Bench:
         self.events.receive()
         watched = Watched(cast(Channel, self.control), Vitals(1).pulse(0), 60.0)
         self.prompts, self.tokens = RingWriter(prompts), RingReader(tokens)
-        self.store, self.executor = store, Executor()
-        self.core = EngineCore(
+        self.store, self.executor = store, executor or Executor()
+        self.core = core_class(
             0, Scheduler(LIMITS, BlockManager(64, 4), ()), self.executor, link, watched, adapters=store
         )
 
-    def submit(self, request_id: int, lora: str, max_tokens: int = 3, branches: int = 1) -> None:
+    def submit(self, request_id: int, lora: str = "", max_tokens: int = 3, branches: int = 1) -> None:
         slot = self.prompts.reserve()
         assert slot is not None
         layout.write_prompt(slot, request_id, np.array([1, 2, 3], np.int32))

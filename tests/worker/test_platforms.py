@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,18 @@ MIB = 2**20
 def test_auto_finds_the_cpu_here() -> None:
     assert select_platform("auto").name == "cpu"
     assert select_platform("cpu").name == "cpu"
+
+
+def test_another_thread_computes_with_as_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP, which the compiled kernels ask, would give it what the environment says."""
+    openmp = ctypes.CDLL("libgomp.so.1")
+    before, wanted = torch.get_num_threads(), openmp.omp_get_max_threads() + 1
+    platform = CpuPlatform()
+    platform.set_up(0, 1, wanted)
+    with ThreadPoolExecutor(1) as plain, ThreadPoolExecutor(1, initializer=platform.set_up_thread) as set_up:
+        assert plain.submit(openmp.omp_get_max_threads).result() != wanted
+        assert set_up.submit(openmp.omp_get_max_threads).result() == wanted
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("device_type", ["npu", "cuda"])

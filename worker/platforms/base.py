@@ -61,6 +61,9 @@ class Platform(Protocol):
     def set_up(self, device_id: int, num_workers: int, threads: int) -> None:
         """Claim this worker's share of the machine; once, before any tensor is made. threads 0: all of it."""
 
+    def set_up_thread(self) -> None:
+        """Let the calling thread compute as the one does that has called `set_up`."""
+
     def weight_dtype(self, requested: DTypeName, checkpoint: torch.dtype) -> torch.dtype:
         """The dtype to compute in; may be wider than requested where the device lacks it."""
 

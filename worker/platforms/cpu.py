@@ -77,8 +77,13 @@ class CpuPlatform:
     def set_up(self, device_id: int, num_workers: int, threads: int) -> None:
         """`device_id` is only a slot number here."""
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(threads or max(1, cores // num_workers))
+        self._threads = threads or max(1, cores // num_workers)
+        self.set_up_thread()
         keep_freed_memory()
+
+    def set_up_thread(self) -> None:
+        """OpenMP keeps the number of threads for each thread that asks it for others."""
+        torch.set_num_threads(self._threads)
 
     def weight_dtype(self, requested: DTypeName, checkpoint: torch.dtype) -> torch.dtype:
         dtype = checkpoint if requested == "auto" else _DTYPES[requested]

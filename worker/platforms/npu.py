@@ -62,8 +62,7 @@ class NpuPlatform:
 
         StartupError: torch_npu or CANN is missing, the driver is silent, or there is no such device.
         """
-        if threads:
-            torch.set_num_threads(threads)
+        self._threads = threads
         self._chip = check_answer(ask_driver(device_id), device_id)
         generation = generation_of(self._chip)
         if generation is None:
@@ -77,9 +76,14 @@ class NpuPlatform:
         # freed memory of one size serves another: without it caches of many shapes are lost to fragments
         os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
         self._npu = load_torch_npu()
-        self._npu.set_device(0)  # of the one that is left
+        self.set_up_thread()
         self._npu.config.allow_internal_format = True  # weights in tiles
         self._device = torch.device("npu", 0)
+
+    def set_up_thread(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        self._npu.set_device(0)  # of the one that is left
 
     def weight_dtype(self, requested: DTypeName, checkpoint: torch.dtype) -> torch.dtype:
         """Attention computes in 16 bits: float32 becomes bfloat16, which has its range."""
