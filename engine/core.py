@@ -7,6 +7,7 @@ import select
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NoReturn
 
 from engine.adapters import AdapterDesk, AdapterStore
@@ -48,6 +49,16 @@ class StepTimes:
     run: float = 0.0  # forward and sampling, split further by the executor
     commit: float = 0.0
     publish: float = 0.0
+
+    def add(self, marks: Seq[float]) -> None:
+        """One more step; `marks`: when its first stage began, and when each of them ended."""
+        receive, schedule, run, commit, publish = (end - start for start, end in pairwise(marks))
+        self.steps += 1
+        self.receive += receive
+        self.schedule += schedule
+        self.run += run
+        self.commit += commit
+        self.publish += publish
 
 
 @dataclass(slots=True)
@@ -92,7 +103,7 @@ class EngineCore:
 
     def step(self) -> None:
         """One turn of the loop: at most one engine step, or a wait for something to do."""
-        clock, times = time.perf_counter, self.times
+        clock = time.perf_counter
         start = clock()
         self._receive()
         self.desk.settle()
@@ -110,13 +121,7 @@ class EngineCore:
         outcomes = [*self.scheduler.take_refused(), *self.scheduler.commit(plan, sampled, time.monotonic())]
         committed = clock()
         self._publish(outcomes, plan.num_rows - plan.num_guessed, int((computed - scheduled) * 1e6))
-        published = clock()
-        times.steps += 1
-        times.receive += received - start
-        times.schedule += scheduled - received
-        times.run += computed - scheduled
-        times.commit += committed - computed
-        times.publish += published - committed
+        self.times.add((start, received, scheduled, computed, committed, clock()))
         self._send_stats()
 
     # -- in -----------------------------------------------------------------------------------------

@@ -58,6 +58,11 @@ class Flight:
         """Whether what is computed for it is of use to anybody."""
         return not seq.ended and seq not in self.void
 
+    @property
+    def num_wanted(self) -> int:
+        """Rows that count."""
+        return sum(map(self.counts, self.plan.sequences))
+
 
 class Lookahead:
     """Plans up to two steps for a scheduler and applies their results, first in, first out.

@@ -57,7 +57,7 @@ class OverlappedCore(EngineCore):
 
     def step(self) -> None:
         """One turn of the loop: the result of one engine step, or a wait for something to do."""
-        clock, times = time.perf_counter, self.times
+        clock = time.perf_counter
         start = clock()
         self._receive()
         if not self._lookahead.in_flight:
@@ -73,16 +73,11 @@ class OverlappedCore(EngineCore):
         scheduled = clock()
         sampled = self._thread.result()
         computed = clock()
+        batch_size = flight.num_wanted
         outcomes = [*self.scheduler.take_refused(), *self._lookahead.commit(sampled, time.monotonic())]
         committed = clock()
-        self._publish(outcomes, flight.plan.num_rows, int(flight.seconds * 1e6))
-        published = clock()
-        times.steps += 1
-        times.receive += received - start
-        times.schedule += scheduled - received
-        times.run += computed - scheduled
-        times.commit += committed - computed
-        times.publish += published - committed
+        self._publish(outcomes, batch_size, int(flight.seconds * 1e6))
+        self.times.add((start, received, scheduled, computed, committed, clock()))
         self._send_stats()
 
     def _fill(self) -> None:

@@ -195,6 +195,7 @@ def test_what_is_computed_behind_an_end_is_never_told(haste: bool) -> None:
     served.turn()
     assert [seq.request_id for seq in served.plans[1].sequences] == [0, 1]
     assert served.ends == {0: FinishCode.STOP_TOKEN} and not groups[0].sequences[0].block_table
+    assert served.lookahead.first.num_wanted == 1
     while served.scheduler.has_work:
         served.turn()
     assert [len(served.answers[number][0]) for number in (0, 1)] == [1, 9]
