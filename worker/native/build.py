@@ -36,7 +36,7 @@ _INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": _AVX2,
         "avx512": _AVX512,
         "avx512bf16": _AVX512_BF16,
-        "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mprfchw"),
     },
 }
 _ANY_PROCESSOR: dict[str, tuple[str, ...]] = {"plain": ()}

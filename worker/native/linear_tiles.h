@@ -15,9 +15,9 @@ constexpr int PAIR = 2 * TILE_ROWS;         // rows whose sums stay in the unit 
 constexpr int STEP_BYTES = 2 * TILE_BYTES;  // of a panel, in a step
 constexpr int SUMS_BYTES = 4 * TILE_BYTES;  // of a pair of row tiles and a panel
 
-// Many rows: what is read again and again stays near. A part of a panel in the first-level cache, for all pairs of a
-// block; their part of the rows and the unfinished sums of a group of panels in the second.
-constexpr int PART = 16;   // steps
+// Many rows: what is read again and again stays in the second-level cache: for long inputs a part of them at a time,
+// of a block of rows and of a group of panels, with the unfinished sums of these.
+constexpr int PART = 32;   // steps
 constexpr int BLOCK = 16;  // pairs
 constexpr int GROUP = 8;   // panels
 constexpr int FEW = 2;     // pairs: not worth it
@@ -121,20 +121,23 @@ template <class W, class T> struct TileJob {
         alignas(64) typename W::Sum finished[PAIR][VECTORS];
         int64_t k = parts.begin(part), count = parts.begin(part + 1) - k;
         int64_t first = pair * PAIR, left = num_rows - first;
+        int meant = (int)(left < PAIR ? left : PAIR);
         const char* x = rows + (2 * pair * steps + k) * TILE_BYTES;
         const char* w = (const char*)linear->weight + (panel * steps + k) * STEP_BYTES;
         int lines = (int)((STEP_BYTES / 64 + turns - 1) / turns);
         Ahead ahead = {w + steps * STEP_BYTES + turn * count * lines * 64, lines};
         bool last = part + 1 == parts.count;
-        void* to = last ? (void*)finished : sums;
+        T* to = y + first * linear->out;
+        if (last)  // where results go is far apart, row by row: they would wait for it at the end
+            for (int m = 0; m < meant; m++) __builtin_prefetch(to + m * linear->out + panel * PANEL, 1);
+        void* after = last ? (void*)finished : sums;
         if (left > TILE_ROWS)
-            multiply_pair<W, true>(x, x + steps * TILE_BYTES, w, count, part ? sums : nullptr, to, ahead);
+            multiply_pair<W, true>(x, x + steps * TILE_BYTES, w, count, part ? sums : nullptr, after, ahead);
         else
-            multiply_pair<W, false>(x, x, w, count, part ? sums : nullptr, to, ahead);
-        if (!last) return;
-        char* row = (char*)(y + first * linear->out);
-        for (int m = 0; m < (left < PAIR ? left : PAIR); m++, row += sizeof(T) * linear->out)
-            put_results<W>(linear, finished[m], scales[first + m], panel, row, sizeof(T) == 2);
+            multiply_pair<W, false>(x, x, w, count, part ? sums : nullptr, after, ahead);
+        if (last)
+            for (int m = 0; m < meant; m++, to += linear->out)
+                put_results<W>(linear, finished[m], scales[first + m], panel, (char*)to, sizeof(T) == 2);
     }
 };
 
