@@ -98,16 +98,21 @@ def _owner(listener: Listener) -> int | None:
         return None
     taken = {(host, listener.port) for host in (listener.address, "0.0.0.0", "::")}
     for connection in connections:
-        if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr) in taken:
-            return _head_of(connection.pid) if connection.pid else None
+        if connection.pid and _listens(connection.status, connection.laddr, taken):
+            return _head_of(connection.pid, taken)
     return None
 
 
-def _head_of(pid: int) -> int:
-    """The parent of the same name, if there is one: it holds the socket too, and would replace the child."""
+def _head_of(pid: int, taken: set[tuple[str, int]]) -> int:
+    """The first parent that holds the socket too: it would replace the child."""
     with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        parent = process.parent()
-        if parent is not None and parent.name() == process.name():
-            return parent.pid
+        while (parent := psutil.Process(pid).parent()) is not None:
+            theirs = parent.net_connections("tcp")
+            if not any(_listens(connection.status, connection.laddr, taken) for connection in theirs):
+                break
+            pid = parent.pid
     return pid
+
+
+def _listens(status: str, address: tuple[object, ...], taken: set[tuple[str, int]]) -> bool:
+    return status == psutil.CONN_LISTEN and address in taken
