@@ -53,7 +53,14 @@ template <class V> INLINE void store_some(void* to, V v, int64_t bytes) {
 
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vu splat_bits(uint32_t x) { return x - vu{}; }
-INLINE vf max_of(vf a, vf b) { return a > b ? a : b; }
+// b where they cannot be compared
+INLINE vf max_of(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 // a * b + c, rounded once where the processor can
 INLINE vf fma(vf a, vf b, vf c) {
@@ -68,21 +75,23 @@ INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-INLINE float sum_of(vf v) {
-    float parts[LANES], sum = 0;
-    store_as(parts, v);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) parts[i] += parts[i + width];
-    sum = parts[0];
-    return sum;
+// The upper half of the first 2 * `width` elements in their lower half; the others are of no interest.
+template <int WIDTH> INLINE vf upper_half(vf v) {
+    vi chosen;
+    for (int i = 0; i < LANES; i++) chosen[i] = i < WIDTH ? WIDTH + i : i;
+    return __builtin_shuffle(v, chosen);
 }
 
-INLINE float max_in(vf v) {
-    float parts[LANES];
-    store_as(parts, v);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) parts[i] = parts[i] > parts[i + width] ? parts[i] : parts[i + width];
-    return parts[0];
+template <int WIDTH = LANES / 2> INLINE float sum_of(vf v) {
+    v += upper_half<WIDTH>(v);
+    if constexpr (WIDTH == 1) return v[0];
+    else return sum_of<WIDTH / 2>(v);
+}
+
+template <int WIDTH = LANES / 2> INLINE float max_in(vf v) {
+    v = max_of(v, upper_half<WIDTH>(v));
+    if constexpr (WIDTH == 1) return v[0];
+    else return max_in<WIDTH / 2>(v);
 }
 
 // -- bfloat16, which is the upper half of a float --------------------------------------------------------
