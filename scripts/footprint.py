@@ -83,10 +83,11 @@ def _processes(daemon_pid: int) -> Iterator[tuple[str, psutil.Process]]:
     for role, child in children_by_role(daemon_pid).items():
         yield role, child
         with contextlib.suppress(psutil.Error):
-            for helper in child.children(recursive=True):
-                if time.time() - helper.create_time() > _YOUNG_S:
-                    sandbox = any("grammar_sandbox" in part for part in helper.cmdline())
-                    yield "grammar sandbox" if sandbox else f"helpers of {role}", helper
+            helpers = sorted(child.children(recursive=True), key=lambda helper: helper.create_time())
+            lasting = [helper for helper in helpers if time.time() - helper.create_time() > _YOUNG_S]
+            for number, helper in enumerate(lasting, 1):
+                sandbox = any("grammar_sandbox" in part for part in helper.cmdline())
+                yield "grammar sandbox" if sandbox else f"helper {number} of {role}", helper
 
 
 def _is_there(process: psutil.Process) -> bool:
