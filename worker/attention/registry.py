@@ -11,6 +11,7 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "cpu_native": ("worker.attention.cpu_native", "CpuNativeAttention"),
     "cpu_invariant": ("worker.attention.cpu_invariant", "CpuInvariantAttention"),
     "npu": ("worker.attention.npu", "NpuAttention"),
+    "triton": ("worker.attention.triton_paged", "TritonAttention"),
     "reference": ("worker.attention.reference", "ReferenceAttention"),
 }
 
