@@ -1,5 +1,6 @@
-"""The Triton kernels of deviceType cuda, computed on the CPU by Triton's interpreter; README.md says what
-that proves. Each file in a process of its own: a process has Triton's kernels interpreted or compiled.
+"""The Triton kernels of deviceType cuda, interpreted on the CPU and compiled for chips that are not here.
+
+README.md says what that proves. Each file has a process: within one, kernels are interpreted or compiled.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["attention", "layers"])
-def test_kernels_in_the_interpreter(name: str) -> None:
+@pytest.mark.parametrize("name", ["attention", "layers", "model", "compiler"])
+def test_kernels(name: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: there are no wheels for this machine")
     command = [
@@ -26,7 +27,13 @@ def test_kernels_in_the_interpreter(name: str) -> None:
         "--timeout=0",  # the file as a whole has a limit
         str(Path(__file__).parent / f"checks_{name}.py"),
     ]  # fmt: skip
-    environ = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_INTERPRET": "0" if name == "compiler" else "1",
+    }
     done = subprocess.run(command, cwd=REPO, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
 

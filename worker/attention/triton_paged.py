@@ -21,8 +21,8 @@ from worker.config_values import MAX_INT
 from worker.kv_pages import Int8Pages, KvPages, tensors_of
 
 _MOST_SHARED = 64  # query heads of one KV head: they must fit into a tile
-_QUERY_ROWS = 64  # of a tile of several tokens
 _LEAST_ROWS = 16  # of a matrix product
+_TILE_BYTES = 16 * 1024  # of keys; with the values, the queries and what is read ahead it fits any chip
 _KEYS_PER_PART = 256  # a part of a context that is worth a merge
 _MOST_PARTS = 32
 _PROGRAMS_PER_UNIT = 2  # so that one computes while another waits for memory
@@ -72,6 +72,10 @@ class TritonAttention:
         self._share = spec.num_heads // spec.num_kv_heads
         self._padded = max(16, power_of_two(spec.head_dim))
         self._scale = spec.head_dim**-0.5 * math.log2(math.e)
+        head_bytes = self._padded * spec.dtype.itemsize
+        self._keys = max(16, min(64, _TILE_BYTES // head_bytes))
+        # of a tile of several tokens
+        self._query_rows = max(64 if head_bytes <= 512 else 32, power_of_two(self._share))
         self._units: int | None = None
 
     def begin_step(self, batch: Batch, block_size: int) -> None:
@@ -109,12 +113,14 @@ class TritonAttention:
             )
         if singles < rows:
             starts = batch.query_start[singles:] - singles
-            tiles = -(-int(np.diff(starts).max()) // (_QUERY_ROWS // self._share))
+            tiles = -(-int(np.diff(starts).max()) // (self._query_rows // self._share))
             parts = splits or self._splits((rows - singles) * tiles, table.shape[1] * block_size)
             there = torch.from_numpy(starts).to(batch.slots.device, non_blocking=True)
             of_others = slice(singles, int(batch.query_start[-1]))
             self._launches.append(
-                _Launch(of_others, there, context_len[singles:], table[singles:], _QUERY_ROWS, tiles, parts)
+                _Launch(
+                    of_others, there, context_len[singles:], table[singles:], self._query_rows, tiles, parts
+                )
             )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: KvPages, v_cache: KvPages) -> Tensor:
@@ -145,8 +151,8 @@ class TritonAttention:
             launch.starts, launch.lengths, launch.table,
             self._scale, spec.window or MAX_INT, launch.table.stride(0), len(q), q.stride(0), q.stride(1),
             spec.num_kv_heads, self._share, spec.head_dim, self._padded,
-            self._block_size, launch.tile_rows, 64 if self._padded <= 128 else 32, splits,
-            num_warps=4,
+            self._block_size, launch.tile_rows, self._keys, splits,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
             heads = len(q) * spec.num_heads
