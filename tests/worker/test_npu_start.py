@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import EXIT_INIT, StartupError
+from worker.platforms.driver_trial import Answer, visible_device
 from worker.platforms.npu_chips import generation_of
-from worker.platforms.npu_start import Answer, ask_driver, check_answer, visible_device
+from worker.platforms.npu_start import ask_driver, check_answer
 
 _TORCH = """
 class npu:

@@ -13,49 +13,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from engine.errors import EXIT_INIT, StartupError
 from worker.attention.base import AttentionSpec
 from worker.attention.npu import refusal
 from worker.device_draw import TopKTopP
-from worker.layers.linear import PlainLinear, StepArithmetic
 from worker.layers.quantized import QuantisedWeight
-from worker.layers.row_ops import RowOps
-from worker.platforms.base import DTypeName, Linear, Lookup, StepGraphs
-from worker.platforms.memory_limits import MemoryInfo
+from worker.platforms.accelerator import DTYPES, Accelerator
+from worker.platforms.base import DTypeName, Linear, StepGraphs
+from worker.platforms.driver_trial import visible_device
 from worker.platforms.npu_chips import SERVED, generation_of
-from worker.platforms.npu_graph import DecodeGraphs
+from worker.platforms.npu_graph import NpuDecodeGraphs
 from worker.platforms.npu_linears import quantised_linear
 from worker.platforms.npu_row_ops import NpuRowOps
-from worker.platforms.npu_start import VISIBLE, ask_driver, check_answer, visible_device
+from worker.platforms.npu_start import VISIBLE, ask_driver, check_answer
 
 log = logging.getLogger("llm.platform")
 
 GRAPHS = "MINDIE_NPU_GRAPHS"  # "0": none, to find out whether they are at fault
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-class NpuPlatform:
+class NpuPlatform(Accelerator):
     name = "npu"
     collectives = "hccl"
-    shares_memory = False
-    # a prompt of some thousand tokens keeps the matrix units busy, and more of them wait for nothing
-    enough_rows = 8192
 
     def __init__(self) -> None:
-        self.row_ops: RowOps = NpuRowOps()
-        self.arithmetic = StepArithmetic()
-        self._device = torch.device("cpu")  # until there is another
+        super().__init__(NpuRowOps())
 
     @property
     def top_k_top_p(self) -> TopKTopP:
         return keep_top_k_top_p
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     def set_up(self, device_id: int, num_workers: int, threads: int) -> None:
         """Claim device `device_id` of those visible, and hide the others from this process.
@@ -75,19 +62,14 @@ class NpuPlatform:
         os.environ[VISIBLE] = visible_device(device_id, os.environ.get(VISIBLE))
         # freed memory of one size serves another: without it caches of many shapes are lost to fragments
         os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
-        self._npu = load_torch_npu()
+        self._runtime = load_torch_npu()
         self.set_up_thread()
-        self._npu.config.allow_internal_format = True  # weights in tiles
+        self._runtime.config.allow_internal_format = True  # weights in tiles
         self._device = torch.device("npu", 0)
-
-    def set_up_thread(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
-        self._npu.set_device(0)  # of the one that is left
 
     def weight_dtype(self, requested: DTypeName, checkpoint: torch.dtype) -> torch.dtype:
         """Attention computes in 16 bits: float32 becomes bfloat16, which has its range."""
-        dtype = checkpoint if requested == "auto" else _DTYPES[requested]
+        dtype = checkpoint if requested == "auto" else DTYPES[requested]
         if dtype is not torch.float32:
             return dtype
         if requested == "float32":
@@ -96,26 +78,6 @@ class NpuPlatform:
                 EXIT_INIT,
             )
         return torch.bfloat16
-
-    def memory(self) -> MemoryInfo:
-        free, total = self._npu.mem_get_info()
-        # what the allocator keeps for reuse is free to us
-        kept = self._npu.memory_reserved() - self._npu.memory_allocated()
-        return MemoryInfo(free + kept, total)
-
-    def is_out_of_memory(self, error: Exception) -> bool:
-        return isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-    def give_back_memory(self) -> None:
-        self._npu.empty_cache()
-
-    def kv_budget(self, num_workers: int, memory_fraction: float) -> int:
-        """The share of the device's memory that is ours, without what is taken."""
-        memory = self.memory()
-        return max(0, memory.available - int(memory.total * (1 - memory_fraction)))
-
-    def choose_kernels(self, dtype: torch.dtype) -> None:
-        """There is one kernel of each kind, and it is the device's."""
 
     def attention_backend(self, spec: AttentionSpec) -> str:
         if (why := refusal(spec)) is not None:
@@ -126,16 +88,6 @@ class NpuPlatform:
         """The only one: what a row's bits depend on is up to the operators."""
         return self.attention_backend(spec)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return PlainLinear(weight.to(self._device), None if bias is None else bias.to(self._device))
-
-    def pack_tied(self, embedding: Tensor) -> tuple[Linear, Lookup]:
-        there = embedding.to(self._device)
-        return PlainLinear(there, None), lambda ids: functional.embedding(ids, there)
-
-    def choose_int8_kernels(self, dtype: torch.dtype) -> None:
-        """As `choose_kernels`."""
-
     def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
         return quantised_linear(given, dtype, self._device)
 
@@ -143,21 +95,7 @@ class NpuPlatform:
         if os.environ.get(GRAPHS) == "0":
             log.warning("%s=0: decode steps run without graphs", GRAPHS)
             return None
-        return DecodeGraphs(self._npu, max_rows, max_seq_len, block_size)
-
-    @property
-    def independent_rows(self) -> bool:
-        return False
-
-    @property
-    def wide_rows(self) -> int | None:
-        return None
-
-    def findings(self) -> bytes:
-        return b"{}"
-
-    def adopt(self, findings: bytes) -> None:
-        """Nothing is measured here."""
+        return NpuDecodeGraphs(self._runtime, max_rows, max_seq_len, block_size)
 
     def describe(self) -> str:
         return f"{self._device}, {self._chip}, torch_npu operators"
