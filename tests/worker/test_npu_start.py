@@ -14,7 +14,7 @@ import pytest
 from engine.errors import EXIT_INIT, StartupError
 from worker.platforms.driver_trial import Answer, visible_device
 from worker.platforms.npu_chips import generation_of
-from worker.platforms.npu_start import ask_driver, check_answer
+from worker.platforms.npu_start import ASCEND
 
 _TORCH = """
 class npu:
@@ -42,30 +42,30 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _refused(answer: Answer, device_id: int, timeout_s: float = 60.0) -> str:
     with pytest.raises(StartupError) as caught:
-        check_answer(answer, device_id, timeout_s)
+        ASCEND.check(answer, device_id, timeout_s)
     assert caught.value.exit_code == EXIT_INIT
     (line,) = str(caught.value).splitlines()
     return line
 
 
 def test_a_device_that_answers_says_what_it_is(packages: Path) -> None:
-    answer = ask_driver(1)
+    answer = ASCEND.ask(1)
     assert answer.devices == 2
-    assert check_answer(answer, 1) == "Ascend910B1"
+    assert ASCEND.check(answer, 1) == "Ascend910B1"
 
 
 def test_too_few_devices(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = _refused(ask_driver(2), 2)
+    line = _refused(ASCEND.ask(2), 2)
     assert "npuDeviceIds" in line and "device 2" in line and "ids below 2" in line
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5")
-    assert "ASCEND_RT_VISIBLE_DEVICES=4,5" in _refused(ask_driver(2), 2)
+    assert "ASCEND_RT_VISIBLE_DEVICES=4,5" in _refused(ASCEND.ask(2), 2)
     assert "/dev/davinci" in _refused(Answer(devices=0), 0)
 
 
 def test_a_driver_that_is_silent(packages: Path) -> None:
     (packages / "torch.py").write_text(_TORCH.format(set_device="__import__('time').sleep(300)"))
     start = time.monotonic()
-    answer = ask_driver(0, timeout_s=3.0)
+    answer = ASCEND.ask(0, timeout_s=3.0)
     assert answer.timed_out
     assert time.monotonic() - start < 60
     line = _refused(answer, 0, 3.0)
@@ -75,19 +75,19 @@ def test_a_driver_that_is_silent(packages: Path) -> None:
 def test_torch_npu_without_cann(packages: Path) -> None:
     why = "libhccl.so: cannot open shared object file: No such file or directory"
     (packages / "torch_npu.py").write_text(f"raise ImportError({why!r})")
-    line = _refused(ask_driver(0), 0)
+    line = _refused(ASCEND.ask(0), 0)
     assert why in line and "set_env.sh" in line
 
 
 def test_a_runtime_that_refuses(packages: Path) -> None:
     (packages / "torch.py").write_text(_TORCH.format(set_device="raise RuntimeError('drvErr 87')"))
-    line = _refused(ask_driver(0), 0)
+    line = _refused(ASCEND.ask(0), 0)
     assert "refuses device 0: drvErr 87;" in line
 
 
 def test_a_runtime_that_dies(packages: Path) -> None:
     (packages / "torch_npu.py").write_text("import os; os.abort()")
-    assert "exit code -6" in _refused(ask_driver(0), 0)
+    assert "exit code -6" in _refused(ASCEND.ask(0), 0)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,12 @@ class StaticStep:
 
     @classmethod
     def empty(cls, rows: int, width: int, device: torch.device) -> StaticStep:
-        return cls(torch.zeros(rows * (_PER_ROW + width), dtype=torch.int32, device=device), rows, width)
+        return cls(torch.zeros(cls.numbers(rows, width), dtype=torch.int32, device=device), rows, width)
+
+    @staticmethod
+    def numbers(rows: int, width: int) -> int:
+        """Of a step of so many rows, in all."""
+        return rows * (_PER_ROW + width)
 
     def batch(self, lengths: NDArray[np.int32]) -> Batch:
         """lengths: [rows]."""
@@ -89,7 +94,7 @@ def pack_step(plan: StepPlan, rows: int, width: int, spare_from: int, block_size
     Row r beyond the plan's sees one token, that at slot r of the spare blocks.
     """
     taken = plan.num_rows
-    packed = np.zeros(rows * (_PER_ROW + width), np.int32)
+    packed = np.zeros(StaticStep.numbers(rows, width), np.int32)
     ids, positions, slots, lengths = packed[: _PER_ROW * rows].reshape(_PER_ROW, rows)
     ids[:taken] = plan.input_ids
     positions[:taken] = plan.positions

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.errors import EXIT_INIT, StartupError
+
 ANSWER_S = 120.0  # the first import from a cold disk and the first context on a device take half a minute
 _DEATH_S = 2.0
 
@@ -93,3 +95,48 @@ def visible_device(device_id: int, visible: str | None) -> str:
     if not visible or not visible.strip():
         return str(device_id)
     return [name.strip() for name in visible.split(",") if name.strip()][device_id]
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """How one kind of driver is asked, and what is said of its answers."""
+
+    device_type: str
+    name: str  # "the ... driver"
+    tool: str  # shows whether devices are well
+    variable: str  # names the devices that are seen
+    questions: str  # see `ask`
+    where: str  # devices are to be had
+    missing: str  # what to say when something cannot be loaded; {error}
+    dead: str  # how to find out why the asking process died
+
+    def ask(self, device_id: int, timeout_s: float = ANSWER_S) -> Answer:
+        """Open device `device_id` of those visible, in another process."""
+        return ask(self.questions, device_id, timeout_s)
+
+    def check(self, answer: Answer, device_id: int, timeout_s: float = ANSWER_S) -> str:
+        """The chip's name; StartupError with what stands in the way, and what would be right."""
+        count = answer.devices
+        if answer.timed_out:
+            what = f"the {self.name} driver" if count is None else f"device {device_id} of {count}"
+            fault = f"{what} did not answer within {timeout_s:.0f} s; `{self.tool}` must list the device"
+        elif answer.error is not None and answer.is_missing:
+            fault = self.missing.format(error=answer.error)
+        elif answer.error is not None:
+            fault = f"the {self.name} runtime refuses device {device_id}: {answer.error}; see `{self.tool}`"
+        elif count is not None and device_id >= count:
+            legal = f"ids below {count}" if count else self.where
+            shown = f", {self.variable}={os.environ[self.variable]}" if self.variable in os.environ else ""
+            raise StartupError(
+                f"npuDeviceIds: device {device_id} is not among the {count} the driver shows{shown}; {legal}",
+                EXIT_INIT,
+            )
+        elif answer.chip is not None:
+            return answer.chip
+        else:
+            fault = f"the {self.name} runtime died, exit code {answer.exit_code}; {self.dead}"
+        raise StartupError(f"deviceType {self.device_type!r}: {fault}", EXIT_INIT)
+
+    def show_only(self, device_id: int) -> None:
+        """Hide the others from this process, which has not asked yet. Ids count within what is visible."""
+        os.environ[self.variable] = visible_device(device_id, os.environ.get(self.variable))

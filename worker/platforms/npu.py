@@ -21,12 +21,11 @@ from worker.device_draw import TopKTopP
 from worker.layers.quantized import QuantisedWeight
 from worker.platforms.accelerator import DTYPES, Accelerator
 from worker.platforms.base import DTypeName, Linear, StepGraphs
-from worker.platforms.driver_trial import visible_device
 from worker.platforms.npu_chips import SERVED, generation_of
 from worker.platforms.npu_graph import NpuDecodeGraphs
 from worker.platforms.npu_linears import quantised_linear
 from worker.platforms.npu_row_ops import NpuRowOps
-from worker.platforms.npu_start import VISIBLE, ask_driver, check_answer
+from worker.platforms.npu_start import ASCEND
 
 log = logging.getLogger("llm.platform")
 
@@ -50,7 +49,7 @@ class NpuPlatform(Accelerator):
         StartupError: torch_npu or CANN is missing, the driver is silent, or there is no such device.
         """
         self._threads = threads
-        self._chip = check_answer(ask_driver(device_id), device_id)
+        self._chip = ASCEND.check(ASCEND.ask(device_id), device_id)
         generation = generation_of(self._chip)
         if generation is None:
             log.warning("chip %r is none that is known; it is treated as %s", self._chip, SERVED)
@@ -59,7 +58,7 @@ class NpuPlatform(Accelerator):
                 f"deviceType 'npu': {self._chip} ({generation.name}) has no paged attention; {SERVED} has",
                 EXIT_INIT,
             )
-        os.environ[VISIBLE] = visible_device(device_id, os.environ.get(VISIBLE))
+        ASCEND.show_only(device_id)
         # freed memory of one size serves another: without it caches of many shapes are lost to fragments
         os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
         self._runtime = load_torch_npu()
