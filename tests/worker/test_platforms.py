@@ -30,7 +30,7 @@ from worker.platforms.base import Linear
 from worker.platforms.cpu import CpuPlatform
 from worker.platforms.cpu_kernels import LinearKernels, Native
 from worker.platforms.memory_limits import MemoryInfo, read_memory
-from worker.platforms.registry import _ACCELERATORS, PLATFORMS, select_platform
+from worker.platforms.registry import _ACCELERATORS, PLATFORMS, _Accelerator, select_platform
 
 MIB = 2**20
 
@@ -52,70 +52,77 @@ def test_another_thread_computes_with_as_many_threads(monkeypatch: pytest.Monkey
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Makes this one have drivers of accelerators; `missing` and `silent`: why they cannot be used."""
+    monkeypatch.setattr(registry, "Path", lambda folder: tmp_path)
+
+    def make(*drivers: str, missing: str | None = None, silent: str | None = None) -> None:
+        for name in ("npu", "cuda"):
+            monkeypatch.setitem(_ACCELERATORS, name, _Accelerator((f"{name}[0-9]",), lambda: missing))
+            monkeypatch.setitem(PLATFORMS, name, ("worker.platforms.cpu", f"{name} platform"))
+            if name in drivers:
+                (tmp_path / f"{name}0").touch()
+
+        def find_gpu(device_id: int) -> None:
+            if silent is not None:
+                raise StartupError(silent, EXIT_INIT)
+
+        monkeypatch.setattr(registry, "find_gpu", find_gpu)
+
+    return make
+
+
 @pytest.mark.parametrize("device_type", ["npu", "cuda"])
-@pytest.mark.parametrize("reason", ["the driver is not there", None])
 def test_a_named_device_that_cannot_be_used_is_refused(
-    monkeypatch: pytest.MonkeyPatch, device_type: str, reason: str | None
+    machine: Callable[..., None], device_type: str
 ) -> None:
-    monkeypatch.delitem(PLATFORMS, device_type, raising=False)
-    monkeypatch.setitem(_ACCELERATORS, device_type, lambda: reason)
-    with pytest.raises(StartupError) as caught:
+    machine("npu", "cuda", missing="there is no package for it")
+    with pytest.raises(
+        StartupError, match=f"deviceType '{device_type}': there is no package for it"
+    ) as caught:
         select_platform(device_type)
     assert caught.value.exit_code == EXIT_INIT
-    assert f"{device_type} is not supported by this build yet" in str(caught.value)
-    assert reason is None or reason in str(caught.value)
 
 
-def test_auto_leaves_an_npu_alone_that_has_no_driver(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_cuda_is_refused_here_in_one_line() -> None:
+    """By the build of torch, or where it has CUDA by the driver; with a GPU there is nothing to refuse."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(StartupError) as caught:
+        select_platform("cuda").set_up(0, 1, 1)
+    assert caught.value.exit_code == EXIT_INIT
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("deviceType 'cuda': ")
+
+
+def test_auto_leaves_a_device_alone_that_has_no_driver(
+    machine: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """torch_npu may be installed in an image that also runs on machines without one."""
-    monkeypatch.setitem(_ACCELERATORS, "npu", lambda: None)
-    monkeypatch.setattr(registry, "_NODES", {"npu": "there is no such device*"})
+    """Their packages may be installed in an image that also runs on machines without them."""
+    machine()
     assert select_platform("auto").name == "cpu"
     assert not caplog.records
 
 
-def test_auto_takes_the_first_accelerator_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = ("worker.platforms.cpu", "CpuPlatform")
-    for name, missing in {"npu": "no driver", "cuda": None}.items():
-        monkeypatch.setitem(_ACCELERATORS, name, lambda missing=missing: missing)
-        monkeypatch.setitem(PLATFORMS, name, (row[0], f"{name} platform"))
-    with pytest.raises(AttributeError, match="cuda platform"):
+@pytest.mark.parametrize(("drivers", "chosen"), [(["npu", "cuda"], "npu"), (["cuda"], "cuda")])
+def test_auto_takes_the_first_accelerator_that_is_there(
+    machine: Callable[..., None], drivers: list[str], chosen: str
+) -> None:
+    machine(*drivers)
+    with pytest.raises(AttributeError, match=f"{chosen} platform"):
         select_platform("auto")
 
 
-@pytest.mark.parametrize(
-    ("present", "known", "warned"),
-    [
-        ([], [], False),
-        (["cuda"], [], True),
-        (["npu", "cuda"], [], True),
-        (["npu", "cuda"], ["cuda"], False),
-        (["npu"], ["cuda"], True),
-    ],
-)
+@pytest.mark.parametrize("reasons", [{"missing": "torch is of no use"}, {"silent": "it is too old"}])
 def test_auto_says_so_when_an_accelerator_lies_idle(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    present: list[str],
-    known: list[str],
-    warned: bool,
+    machine: Callable[..., None], caplog: pytest.LogCaptureFixture, reasons: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(registry, "_NODES", {})
-    for name in ("npu", "cuda"):
-        monkeypatch.delitem(PLATFORMS, name, raising=False)
-        missing = None if name in present else "no driver"
-        monkeypatch.setitem(_ACCELERATORS, name, lambda missing=missing: missing)
-    for name in known:
-        monkeypatch.setitem(PLATFORMS, name, ("worker.platforms.cpu", "CpuPlatform"))
-    select_platform("auto")
-    assert len(caplog.records) == warned
-    if warned:
-        (record,) = caplog.records
-        assert record.levelno == logging.WARNING
-        for name in present:
-            assert name in record.getMessage()
+    machine("cuda", **reasons)
+    assert select_platform("auto").name == "cpu"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == f"deviceType 'auto': cuda is not used: {next(iter(reasons.values()))}"
     caplog.clear()
     select_platform("cpu")
     assert not caplog.records

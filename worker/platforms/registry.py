@@ -6,16 +6,19 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import EXIT_INIT, StartupError
 from worker.platforms.base import Platform
+from worker.platforms.cuda_start import find_gpu
 
 log = logging.getLogger("llm.platform")
 
 PLATFORMS: dict[str, tuple[str, str]] = {
     "cpu": ("worker.platforms.cpu", "CpuPlatform"),
     "npu": ("worker.platforms.npu", "NpuPlatform"),
+    "cuda": ("worker.platforms.cuda", "CudaPlatform"),
 }
 
 
@@ -29,42 +32,59 @@ def _cuda_missing() -> str | None:
     import torch
 
     if torch.version.cuda is None:
-        return "this torch was built without CUDA"
-    return None if torch.cuda.is_available() else "no CUDA device is visible"
+        return f"torch {torch.__version__} was built without CUDA; see docs/cuda.md"
+    if importlib.util.find_spec("triton") is None:
+        return "package triton is not installed; torch's own wheels for Linux bring it"
+    return None
 
 
-# in the order "auto" tries them; each says what is missing, or None
-_ACCELERATORS: dict[str, Callable[[], str | None]] = {"npu": _npu_missing, "cuda": _cuda_missing}
-# what a driver has in /dev; "auto" leaves a device alone whose package is there and whose driver is not
-_NODES = {"npu": "davinci[0-9]*"}
+@dataclass(frozen=True, slots=True)
+class _Accelerator:
+    nodes: tuple[str, ...]  # what its driver has in /dev, any of them
+    missing: Callable[[], str | None]  # what of our software, or None
 
 
-def _has_driver(name: str) -> bool:
-    return name not in _NODES or any(Path("/dev").glob(_NODES[name]))
+# in the order "auto" tries them
+_ACCELERATORS: dict[str, _Accelerator] = {
+    "npu": _Accelerator(("davinci[0-9]*",), _npu_missing),
+    "cuda": _Accelerator(("nvidia[0-9]*", "dxg"), _cuda_missing),
+}
 
 
 def _best_platform() -> str:
-    """The first accelerator that is there and known; else the CPU, with a warning when one lies idle."""
-    usable = [name for name, missing in _ACCELERATORS.items() if missing() is None and _has_driver(name)]
-    known = [name for name in usable if name in PLATFORMS]
-    if usable and not known:
-        log.warning(
-            "deviceType 'auto': %s is usable here, but not supported by this build yet; serving on the CPU",
-            " and ".join(usable),
-        )
-    return known[0] if known else "cpu"
+    """The first accelerator that is there and answers; else the CPU, with a warning when one lies idle.
+
+    One whose package is installed and whose driver is not there is left alone without a word.
+    """
+    for name, accelerator in _ACCELERATORS.items():
+        if not any(path for node in accelerator.nodes for path in Path("/dev").glob(node)):
+            continue
+        why = accelerator.missing() or _silence(name)
+        if why is None:
+            return name
+        log.warning("deviceType 'auto': %s is not used: %s", name, why)
+    return "cpu"
+
+
+def _silence(name: str) -> str | None:
+    """Why no device of this kind can be used; None: one can, or nobody knows before it is claimed."""
+    if name != "cuda":
+        return None
+    try:
+        find_gpu(0)
+    except StartupError as error:
+        return str(error)
+    return None
 
 
 def select_platform(device_type: str) -> Platform:
     """The platform for `deviceType`; StartupError when one is named that cannot be used."""
     if device_type == "auto":
         device_type = _best_platform()
-    else:
-        reason = _ACCELERATORS[device_type]() if device_type in _ACCELERATORS else None
-        faults = [] if device_type in PLATFORMS else [f"{device_type} is not supported by this build yet"]
-        faults += [] if reason is None else [reason]
-        if faults:
-            raise StartupError(f"deviceType {device_type!r}: {'; '.join(faults)}", EXIT_INIT)
+    elif device_type in _ACCELERATORS:
+        reason = _ACCELERATORS[device_type].missing()
+        if reason is not None:
+            raise StartupError(f"deviceType {device_type!r}: {reason}", EXIT_INIT)
     module, name = PLATFORMS[device_type]
     platform: Platform = getattr(importlib.import_module(module), name)()
     return platform
