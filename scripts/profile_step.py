@@ -168,12 +168,13 @@ def load_runner(
     threads: int,
     dtype: Literal["auto", "float32", "bfloat16"],
     kv_cache_dtype: Literal["auto", "int8"] = "auto",
+    device_type: Literal["cpu", "cuda"] = "cpu",
 ) -> ModelRunner:
     settings = ModelSettings(
         name=model.name,
         weight_path=model,
         instance_type="Standard",
-        device_type="cpu",
+        device_type=device_type,
         dtype=dtype,
         kv_cache_gib=-1,
         kv_cache_mib=0,

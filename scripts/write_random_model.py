@@ -107,6 +107,7 @@ _DEEP_EXPERTS = Experts(8, 2, 96, dense=1, shared=1, groups=4, groups_per_token=
 
 SHAPES = {
     "qwen2.5-0.5b": Shape("qwen2", 24, 896, 14, 2, 4864, 151936, True, 1e6, 1e-6, 32768),
+    "qwen2.5-7b": Shape("qwen2", 28, 3584, 28, 4, 18944, 152064, False, 1e6, 1e-6, 32768),
     "smollm2-135m": Shape("llama", 30, 576, 9, 3, 1536, 49152, True, 1e5),
     # next to nothing to compute: what is left is what the server itself costs
     "tiny64": Shape("qwen2", 2, 64, 4, 2, 256, 2048, True),
