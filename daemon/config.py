@@ -391,6 +391,7 @@ def _model(
         cpu_threads=values.integer(f"{RUNTIME}.cpuThreads"),
         trust_remote_code=values.flag(f"{MODEL}.trustRemoteCode"),
         ignore_eos=values.flag(f"{MODEL}.ignore_eos"),
+        linear_dtype=cast(Literal["auto", "fp8"], values.text(f"{RUNTIME}.linearDtype")),
         kv_cache_dtype=cast(Literal["auto", "int8"], values.text(f"{RUNTIME}.kvCacheDtype")),
         batch_invariant=values.flag(f"{RUNTIME}.batchInvariant"),
         world_size=values.integer(f"{MODEL}.worldSize"),

@@ -282,6 +282,18 @@ def _npu(values: Values, report: Report) -> None:
             report.refuse(path, value, "not possible on an NPU", legal, (_DEVICE_TYPE, "npu"))
 
 
+def _fp8(values: Values, report: Report) -> None:
+    path, device_type = f"{RUNTIME}.linearDtype", values.text(_DEVICE_TYPE)
+    if values.text(path) != "fp8":
+        return
+    if device_type in ("cpu", "npu"):
+        legal = '"auto", or deviceType "cuda"'
+        report.refuse(path, "fp8", "only NVIDIA GPUs compute in it", legal, (_DEVICE_TYPE, device_type))
+    dtype = f"{RUNTIME}.dtype"
+    if values.text(dtype) == "float32":
+        report.refuse(path, "fp8", "made of weights in 16 bits", '"auto"', (dtype, "float32"))
+
+
 RULES: tuple[Rule, ...] = (
     Rule((_DEVICES, f"{BACKEND}.modelInstanceNumber"), _device_lists),
     Rule((_DEVICES, _WORLD, _MULTI_NODE), _devices_per_instance),
@@ -317,6 +329,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule((f"{SCHEDULE}.cacheBlockSize", _DEVICE_TYPE), _block_size),
     Rule((_DEVICE_TYPE, *(path for path, _, _ in _NPU_LIMITS)), _npu),
+    Rule((_DEVICE_TYPE, f"{RUNTIME}.linearDtype", f"{RUNTIME}.dtype"), _fp8),
 )
 
 

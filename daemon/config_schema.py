@@ -276,6 +276,7 @@ SECTIONS: tuple[Section, ...] = (
         (
             Key("deviceType", "string", "auto", choices=("auto", "npu", "cuda", "cpu")),
             Key("dtype", "string", "auto", choices=("auto", "float32", "bfloat16", "float16")),
+            Key("linearDtype", "string", "auto", choices=("auto", "fp8")),
             Key("kvCacheDtype", "string", "auto", choices=("auto", "int8")),
             Key("kvCacheMemMiB", "int", 0, 0, I32_MAX),
             Key("kvCacheBlockNum", "int", 0, 0, I32_MAX),

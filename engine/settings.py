@@ -160,6 +160,7 @@ class ModelSettings:
     ignore_eos: bool
     world_size: int
     cpu_mem_gib: int
+    linear_dtype: Literal["auto", "fp8"] = "auto"  # of the layers' products; auto: dtype
     kv_cache_dtype: Literal["auto", "int8"] = "auto"  # auto: dtype, or int8 if the checkpoint asks for it
     batch_invariant: bool = False  # no answer depends on what else is computed, seeded or not
     moe_ep: int = 1  # groups of ranks that experts are dealt to whole; a divisor of world_size

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import EXIT_INIT, StartupError
 from engine.plan import StepKind, StepPlan, build_plan
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -121,6 +122,13 @@ class ModelRunner:
             self.block_bytes, self._settings, self._schedule, self._schedule.block_size
         )
         self._check_memory()
+        if self._settings.linear_dtype == "fp8":
+            if shapes is None:
+                raise StartupError(
+                    "linearDtype 'fp8': not for models run by transformers' modules; set it to 'auto'",
+                    EXIT_INIT,
+                )
+            self._platform.use_fp8(dtype)
         exact_router = config.experts is not None and config.experts.exact
         self._choose_kernels(
             {dtype, torch.float32} if exact_router else {dtype}, bool(checkpoint.quantisation.types)

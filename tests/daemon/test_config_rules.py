@@ -196,6 +196,19 @@ def test_what_an_npu_cannot_do(home: Home, section: str, key: str, value: object
     assert key in finding and "NPU" in finding and "deviceType" in finding
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "npu"])
+def test_fp8_is_for_gpus(home: Home, device_type: str) -> None:
+    home.backend.setdefault("runtimeConfig", {})["linearDtype"] = "fp8"
+    home.load()
+    home.environ = {"MINDIE_DEVICE_TYPE": device_type}
+    finding = home.only_finding()
+    assert "linearDtype" in finding and "deviceType" in finding and '"auto"' in finding
+    home.environ = {"MINDIE_DEVICE_TYPE": "cuda"}
+    home.load()
+    home.backend["runtimeConfig"]["dtype"] = "float32"
+    assert "16 bits" in home.only_finding()
+
+
 def test_rules_wait_for_valid_inputs(home: Home) -> None:
     home.deploy["maxInputTokenLen"] = "2048"
     home.schedule["maxPrefillTokens"] = 1

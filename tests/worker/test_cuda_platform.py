@@ -147,6 +147,30 @@ def test_weight_dtype(requested: Any, stored: torch.dtype, want: torch.dtype) ->
     assert CudaPlatform().weight_dtype(requested, stored) is want
 
 
+def test_fp8_is_for_the_layers_that_may_be_rounded(
+    platform: CudaPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded: list[Tensor] = []
+    monkeypatch.setattr(cuda, "fp8_linear", lambda weight, bias, device: rounded.append(weight))
+    monkeypatch.setattr(platform, "_device", torch.device("cpu"))
+    layer, head = torch.ones(2, 4, 4, dtype=torch.bfloat16)
+    platform.pack_linear(layer, None, may_round=True)
+    assert not rounded
+    platform.use_fp8(torch.bfloat16)
+    platform.pack_linear(layer, None, may_round=True)
+    platform.pack_linear(head, None)
+    assert [weight.data_ptr() for weight in rounded] == [layer.data_ptr()]
+    assert platform.describe().endswith("layers in fp8")
+
+
+def test_fp8_is_refused_on_older_chips_and_of_float32(runtime: FakeCuda, platform: CudaPlatform) -> None:
+    with pytest.raises(StartupError, match="linearDtype 'fp8': it is made of weights in 16 bits"):
+        platform.use_fp8(torch.float32)
+    platform._capability = (8, 6)
+    with pytest.raises(StartupError, match=r"capability 8\.6; fp8 takes 8\.9"):
+        platform.use_fp8(torch.bfloat16)
+
+
 def test_graphs_can_be_turned_off(platform: CudaPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
     assert platform.step_graphs(4, 64, BLOCK_SIZE) is not None
     monkeypatch.setenv(GRAPHS, "0")

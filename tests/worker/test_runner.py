@@ -18,6 +18,7 @@ from engine.settings import ModelSettings, ScheduleSettings
 from tests.worker.conftest import BLOCK_SIZE, MAX_SEQ_LEN, MODEL, SCHEDULE, Harness
 from worker.executor import LeaderExecutor
 from worker.models.llama import LlamaForCausalLM
+from worker.platforms.base import Linear
 from worker.platforms.cpu import CpuPlatform
 from worker.platforms.memory_limits import MemoryInfo
 from worker.prompt_logprobs import PromptLogprobs
@@ -197,3 +198,27 @@ def test_a_piece_of_a_prompt_without_memory_fails_alone(
     alone = executor.run(plan)
     assert list(alone.failed) == [prompt]
     assert alone.tokens.tolist() == whole.tokens.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
+def test_fp8_is_asked_for_all_layers_and_not_for_the_head(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked: list[torch.dtype] = []
+    packed: list[tuple[int, bool]] = []
+    pack = CpuPlatform.pack_linear
+
+    def noted(self: CpuPlatform, weight: torch.Tensor, bias: torch.Tensor | None, **how: bool) -> Linear:
+        packed.append((len(weight), how.get("may_round", False)))
+        return pack(self, weight, bias, **how)
+
+    monkeypatch.setattr(CpuPlatform, "use_fp8", lambda self, dtype: asked.append(dtype))
+    monkeypatch.setattr(CpuPlatform, "pack_linear", noted)
+    runner = Harness(checkpoint(name)[0], replace(MODEL, linear_dtype="fp8")).runner
+    assert asked == [runner.dtype]
+    assert len(packed) >= 12 and all(rounds == (rows != runner.vocab_size) for rows, rounds in packed)
+
+
+def test_fp8_is_refused_on_the_cpu(checkpoint: Checkpoint) -> None:
+    with pytest.raises(StartupError, match="linearDtype 'fp8': deviceType 'cpu' does not compute in it"):
+        Harness(checkpoint("llama")[0], replace(MODEL, linear_dtype="fp8"))

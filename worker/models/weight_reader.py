@@ -98,10 +98,14 @@ class WeightReader:
     def linear(self, prefix: str, *modules: str, bias: bool = False) -> Linear:
         """The named projections merged into one, outputs in the order given."""
         names = [f"{prefix}{module}" for module in modules]
-        parts = [self._pack(how, group, bias) for how, group in mergeable(self._checkpoint, names)]
+        return self._linear(names, bias, may_round=True)
+
+    def _linear(self, names: Sequence[str], bias: bool, *, may_round: bool) -> Linear:
+        groups = mergeable(self._checkpoint, names)
+        parts = [self._pack(how, group, bias, may_round=may_round) for how, group in groups]
         return parts[0] if len(parts) == 1 else SideBySide(parts)
 
-    def _pack(self, how: LinearType, names: Sequence[str], bias: bool) -> Linear:
+    def _pack(self, how: LinearType, names: Sequence[str], bias: bool, *, may_round: bool) -> Linear:
         adds_bias = self._without_bias.isdisjoint(names)
         bias = bias and adds_bias
         if how == "FLOAT":
@@ -111,7 +115,7 @@ class WeightReader:
                 if bias
                 else None
             )
-            linear = self._platform.pack_linear(weight, biases)
+            linear = self._platform.pack_linear(weight, biases, may_round=may_round)
         else:
             given = take_quantised(self._checkpoint, how, names, bias)
             if isinstance(given, W8A8Static) and not adds_bias:
@@ -125,7 +129,7 @@ class WeightReader:
     def head(self, module: str) -> Linear:
         """[R, hidden] -> [R, vocab]."""
         self._divide_rows(module)
-        return self._joined(self.linear("", module))
+        return self._joined(self._linear([module], bias=False, may_round=False))
 
     def embedding(self, module: str) -> Lookup:
         rows = self._divide_rows(module)

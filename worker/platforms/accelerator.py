@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from worker.layers.linear import PlainLinear, StepArithmetic
 from worker.layers.row_ops import RowOps
-from worker.platforms.base import Linear, Lookup
+from worker.platforms.base import Linear, Lookup, refuse_fp8
 from worker.platforms.memory_limits import MemoryInfo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -19,6 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Accelerator:
     """A platform but for its start, its operators and what it refuses."""
 
+    name: str
     shares_memory = False
     # a prompt of some thousand tokens keeps the matrix units busy, and more of them wait for nothing
     enough_rows = 8192
@@ -62,7 +63,10 @@ class Accelerator:
     def choose_int8_kernels(self, dtype: torch.dtype) -> None:
         """As `choose_kernels`."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def use_fp8(self, dtype: torch.dtype) -> None:
+        refuse_fp8(self.name)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, may_round: bool = False) -> Linear:
         return PlainLinear(weight.to(self._device), None if bias is None else bias.to(self._device))
 
     def pack_tied(self, embedding: Tensor) -> tuple[Linear, Lookup]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from engine.errors import EXIT_INIT, StartupError
 from engine.plan import StepPlan
 from worker.attention.base import AttentionBackend, AttentionSpec
 from worker.batch import Batch
@@ -90,8 +91,14 @@ class Platform(Protocol):
     def invariant_attention_backend(self, spec: AttentionSpec) -> str:
         """The same for steps that must not depend on batch mates."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """weight: [out, in]; bias: [out]. Both may be kept: the caller must not change them any more."""
+    def use_fp8(self, dtype: torch.dtype) -> None:
+        """Round what is packed from now on to fp8 where it may be; StartupError where that cannot be."""
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, may_round: bool = False) -> Linear:
+        """weight: [out, in]; bias: [out]. Both may be kept: the caller must not change them any more.
+
+        `may_round`: it is one of those that `use_fp8` speaks of.
+        """
 
     def pack_tied(self, embedding: Tensor) -> tuple[Linear, Lookup]:
         """embedding: [vocab, hidden], kept as in `pack_linear` -> the head that it is too, and its rows."""
@@ -121,3 +128,10 @@ class Platform(Protocol):
 
     def describe(self) -> str:
         """One line for the log: what the start-up probe chose."""
+
+
+def refuse_fp8(device_type: str) -> NoReturn:
+    raise StartupError(
+        f"linearDtype 'fp8': deviceType {device_type!r} does not compute in it; set it to 'auto'",
+        EXIT_INIT,
+    )

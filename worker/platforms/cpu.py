@@ -35,7 +35,7 @@ from worker.layers.quantized import (
 )
 from worker.layers.row_ops import RowOps, TorchRowOps
 from worker.native import NativeInt8Linear, NativeLinear, NativeRowOps, kernels
-from worker.platforms.base import DTypeName, Linear, Lookup
+from worker.platforms.base import DTypeName, Linear, Lookup, refuse_fp8
 from worker.platforms.cpu_kernels import LinearKernels, probe_linears
 from worker.platforms.int8_kernels import Int8Kernels, probe_int8
 from worker.platforms.memory_limits import MemoryInfo, read_memory
@@ -116,7 +116,10 @@ class CpuPlatform:
     def invariant_attention_backend(self, spec: AttentionSpec) -> str:
         return "cpu_native" if kernels_for(spec) else "cpu_invariant"
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def use_fp8(self, dtype: torch.dtype) -> None:
+        refuse_fp8(self.name)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, may_round: bool = False) -> Linear:
         return self._native_linear(weight, bias) or self._torch_linear(weight, bias)
 
     def pack_tied(self, embedding: Tensor) -> tuple[Linear, Lookup]:

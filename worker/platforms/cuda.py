@@ -9,6 +9,7 @@ import logging
 import os
 
 import torch
+from torch import Tensor
 
 from engine.errors import EXIT_INIT, StartupError
 from worker.attention.base import AttentionSpec
@@ -19,9 +20,9 @@ from worker.platforms.accelerator import DTYPES, Accelerator
 from worker.platforms.base import DTypeName, Linear, StepGraphs
 from worker.platforms.cuda_draw import keep_top_k_top_p
 from worker.platforms.cuda_graph import CudaDecodeGraphs
-from worker.platforms.cuda_linears import quantised_linear
+from worker.platforms.cuda_linears import fp8_linear, quantised_linear
 from worker.platforms.cuda_row_ops import CudaRowOps
-from worker.platforms.cuda_start import NVIDIA, dotted, find_gpu
+from worker.platforms.cuda_start import FP8, NVIDIA, dotted, find_gpu
 
 log = logging.getLogger("llm.platform")
 
@@ -34,6 +35,7 @@ class CudaPlatform(Accelerator):
 
     def __init__(self) -> None:
         super().__init__(CudaRowOps())
+        self._fp8 = False
 
     @property
     def top_k_top_p(self) -> TopKTopP:
@@ -72,6 +74,25 @@ class CudaPlatform(Accelerator):
         """The only one; what a row's bits depend on is up to the products of cuBLAS as well."""
         return self.attention_backend(spec)
 
+    def use_fp8(self, dtype: torch.dtype) -> None:
+        if self._capability < FP8:
+            raise StartupError(
+                f"linearDtype 'fp8': {self._chip} has compute capability {dotted(self._capability)};"
+                f" fp8 takes {dotted(FP8)} (Ada, Hopper) or newer; set it to 'auto'",
+                EXIT_INIT,
+            )
+        if dtype is torch.float32:
+            raise StartupError(
+                "linearDtype 'fp8': it is made of weights in 16 bits, not float32; set dtype to 'bfloat16'",
+                EXIT_INIT,
+            )
+        self._fp8 = True
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, may_round: bool = False) -> Linear:
+        if self._fp8 and may_round:
+            return fp8_linear(weight, bias, self._device)
+        return super().pack_linear(weight, bias)
+
     def pack_quantised(self, given: QuantisedWeight, dtype: torch.dtype) -> Linear:
         return quantised_linear(given, dtype, self._device)
 
@@ -82,4 +103,5 @@ class CudaPlatform(Accelerator):
         return CudaDecodeGraphs(self._runtime, max_rows, max_seq_len, block_size)
 
     def describe(self) -> str:
-        return f"{self._device}, {self._chip} ({dotted(self._capability)}), Triton kernels"
+        layers = ", layers in fp8" if self._fp8 else ""
+        return f"{self._device}, {self._chip} ({dotted(self._capability)}), Triton kernels{layers}"
