@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 # (tokens already cached, new tokens) of each row
-DECODE = [(4, 1), (129, 1), (0, 1), (70, 1)]
+DECODE = [(4, 1), (129, 1), (0, 1)]
 PREFILL = [(0, 7), (0, 35), (0, 2)]
 MIXED = [(50, 20), (33, 1), (0, 37), (70, 1), (17, 3)]
 
@@ -86,7 +86,7 @@ def check(
             assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-@pytest.mark.parametrize(("block_size", "splits"), [(16, 1), (16, 4), (128, 4)])
+@pytest.mark.parametrize(("block_size", "splits"), [(16, 1), (128, 4)])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("heads", [(2, 2), (7, 1), (8, 1)])
 def test_decoding(heads: tuple[int, int], head_dim: int, block_size: int, splits: int) -> None:

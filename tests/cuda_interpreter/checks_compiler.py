@@ -95,7 +95,7 @@ CompileFor = Callable[[int], list[str]]
 @pytest.mark.parametrize(
     ("chip", "head_dim", "dtype", "int8"),
     [(80, 64, torch.float16, False), (89, 128, torch.bfloat16, True), (89, 256, torch.bfloat16, False),
-     (89, 80, torch.float32, False), (90, 128, torch.bfloat16, False)],
+     (89, 128, torch.float32, False), (90, 128, torch.bfloat16, False)],
 )  # fmt: skip
 def test_attention(compile_for: CompileFor, chip: int, head_dim: int, dtype: torch.dtype, int8: bool) -> None:
     compiled = compile_for(chip)
