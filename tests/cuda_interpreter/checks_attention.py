@@ -14,8 +14,10 @@ from worker.attention.base import AttentionSpec
 from worker.attention.reference import ReferenceAttention
 from worker.attention.triton_paged import TritonAttention
 from worker.batch import Batch, make_batch
+from worker.hf_config import RopeConfig
 from worker.kv_pages import Int8Pages, KvPages, tensors_of
 from worker.layers.quantized import quantise_rows
+from worker.layers.rotary import RotaryTable, apply_rotary
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -119,6 +121,27 @@ def test_16_bits_and_a_cache_in_int8(dtype: torch.dtype, int8: bool, splits: int
 
 def test_a_cache_in_int8_of_float32() -> None:
     check(MIXED, int8=True)
+
+
+@pytest.mark.parametrize(("head_dim", "int8"), [(64, False), (40, False), (64, True)])
+def test_rotating_on_the_way_is_rotating_before(head_dim: int, int8: bool) -> None:
+    spec = AttentionSpec(4, 2, head_dim, dtype=torch.float32, int8_cache=int8)
+    step = Step(MIXED, spec, 16, torch.float32)
+    rotary = RotaryTable(RopeConfig("default", 10_000.0), head_dim, 200, torch.float32, CPU)
+    cos, sin = rotary.gather(step.batch.positions)
+    q, k, v = step.qkv
+    ours, reference = TritonAttention(spec), ReferenceAttention(spec)
+    ours.begin_step(step.batch, 16)
+    reference.begin_step(step.batch, 16)
+    wanted_pages, pages = step.pages(int8), step.pages(int8)
+    wanted = reference.forward(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, *wanted_pages)
+    got = ours.rotate_and_forward(torch.cat((q, k), dim=1), v, cos, sin, *pages)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+    for mine, theirs in zip(pages, wanted_pages, strict=True):
+        for a, b in zip(tensors_of(mine), tensors_of(theirs), strict=True):
+            # a rounding of the last bit may make the next whole number of a key
+            off = (a.nan_to_num().float() - b.nan_to_num().float()).abs()
+            assert off.max() <= (1 if b.dtype is torch.int8 else 1e-5)
 
 
 def test_numbers_of_parts_are_found_by_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,8 @@ def test_attention(compile_for: CompileFor, chip: int, head_dim: int, dtype: tor
     table, lengths = torch.from_numpy(batch.block_table), torch.from_numpy(batch.context_len)
     attention.begin(batch, table, lengths, 16, splits=8)
     attention.forward(q, k, v, pages, pages)
-    assert compiled == ["store_kernel", *["attend_kernel", "merge_kernel"] * 2]
+    attention.rotate_and_forward(torch.cat((q, k), dim=1), v, q[:, :1], q[:, :1], pages, pages)
+    assert compiled == ["store_kernel", *["attend_kernel", "merge_kernel"] * 2] * 2
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -43,3 +43,16 @@ class AttentionBackend(Protocol):
         q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim], strided or not
         -> [T, num_heads * head_dim].
         """
+
+
+class RotatingAttention(AttentionBackend):
+    """A backend that rotates queries and keys by their positions itself, on the way into the cache."""
+
+    def rotate_and_forward(
+        self, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: KvPages, v_cache: KvPages
+    ) -> Tensor:
+        """As `forward`, of queries and the keys behind them: [T, num_heads + num_kv_heads or more, head_dim].
+
+        cos and sin: from `RotaryTable.gather`.
+        """
+        raise NotImplementedError

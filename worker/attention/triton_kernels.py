@@ -26,10 +26,21 @@ def scale_of(row, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _store_head(fresh, pages, scales, source, index, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Head `index` of the cache becomes the one at `source`; int8 as worker/layers/quantized.py has it."""
+def _load_head(heads, source, cos, sin, turn, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """The head at `source`; with cos and sin of `RotaryTable.gather`, rotated by those at `turn`."""
     d = tl.arange(0, D_PADDED)
-    x = tl.load(fresh + source + d, mask=d < D, other=0.0)
+    x = tl.load(heads + source + d, mask=d < D, other=0.0)
+    if cos is not None:
+        across = tl.load(heads + source + (d + D // 2) % D, mask=d < D, other=0.0).to(tl.float32)
+        along = x.to(tl.float32) * tl.load(cos + turn + d, mask=d < D, other=0.0).to(tl.float32)
+        x = (along + across * tl.load(sin + turn + d, mask=d < D, other=0.0).to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _store_head(x, pages, scales, index, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Head `index` of the cache becomes x; int8 as worker/layers/quantized.py has it."""
+    d = tl.arange(0, D_PADDED)
     if scales is not None:
         wide = x.to(tl.float32)
         scale = scale_of(wide, 127.0)
@@ -40,16 +51,29 @@ def _store_head(fresh, pages, scales, source, index, D: tl.constexpr, D_PADDED: 
 
 @triton.jit
 def store_kernel(
-    k, v, k_pages, v_pages, k_scales, v_scales, slots,
-    k_token, k_head, v_token, v_head,  # strides
-    KV_HEADS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    q, k, v, turned, cos, sin, k_pages, v_pages, k_scales, v_scales, slots,
+    q_token, q_head, k_token, k_head, v_token, v_head,  # strides
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens, KV heads)."""
-    token = tl.program_id(0)
+    """Grid: (tokens, KV heads), and where there is a rotation (tokens, KV heads + heads).
+
+    With `cos` and `sin`, [tokens, D], keys are rotated on their way, and queries into `turned`, dense.
+    """
+    token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    index = tl.load(slots + token).to(tl.int64) * KV_HEADS + head
-    _store_head(k, k_pages, k_scales, token * k_token + head * k_head, index, D, D_PADDED)
-    _store_head(v, v_pages, v_scales, token * v_token + head * v_head, index, D, D_PADDED)
+    turn = token * D
+    if head < KV_HEADS:
+        index = tl.load(slots + token).to(tl.int64) * KV_HEADS + head
+        key = _load_head(k, token * k_token + head * k_head, cos, sin, turn, D, D_PADDED)
+        _store_head(key, k_pages, k_scales, index, D, D_PADDED)
+        value = _load_head(v, token * v_token + head * v_head, None, None, turn, D, D_PADDED)
+        _store_head(value, v_pages, v_scales, index, D, D_PADDED)
+    if cos is not None:  # noqa: SIM102  what is None must be out of the way before the other is compiled
+        if head >= KV_HEADS:
+            d = tl.arange(0, D_PADDED)
+            head -= KV_HEADS
+            query = _load_head(q, token * q_token + head * q_head, cos, sin, turn, D, D_PADDED)
+            tl.store(turned + (token * HEADS + head) * D + d, query, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["window", "table_width", "num_tokens"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EXIT_INIT, StartupError
-from worker.attention.base import AttentionSpec
+from worker.attention.base import AttentionSpec, RotatingAttention
 from worker.batch import Batch
 from worker.config_values import MAX_INT
 from worker.kv_pages import Int8Pages, KvPages, tensors_of
@@ -59,7 +59,7 @@ class _Launch:
     splits: int
 
 
-class TritonAttention:
+class TritonAttention(RotatingAttention):
     """All that changes from step to step is on the device; of rows of one query the steps can be captured."""
 
     def __init__(self, spec: AttentionSpec) -> None:
@@ -124,16 +124,43 @@ class TritonAttention:
             )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, k_cache: KvPages, v_cache: KvPages) -> Tensor:
+        self._store(q, k, v, None, k_cache, v_cache)
+        return self._attend_all(q, k_cache, v_cache)
+
+    def rotate_and_forward(
+        self, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: KvPages, v_cache: KvPages
+    ) -> Tensor:
+        heads = self._spec.num_heads
+        q, k = qk[:, :heads], qk[:, heads : heads + self._spec.num_kv_heads]
+        turned = self._store(q, k, v, (cos, sin), k_cache, v_cache)
+        return self._attend_all(turned, k_cache, v_cache)
+
+    def _store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        k_cache: KvPages,
+        v_cache: KvPages,
+    ) -> Tensor:
+        """-> the queries, after the rotation if there is one."""
         spec = self._spec
-        tokens = len(q)
         (k_pages, k_scales), (v_pages, v_scales) = _parts(k_cache), _parts(v_cache)
-        self._kernels.store_kernel[tokens, spec.num_kv_heads](
-            k, v, k_pages, v_pages, k_scales, v_scales, self._slots,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            spec.num_kv_heads, spec.head_dim, self._padded,
+        cos, sin = rotation or (None, None)
+        turned = q if rotation is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        heads = spec.num_kv_heads + (spec.num_heads if rotation else 0)
+        self._kernels.store_kernel[len(q), heads](
+            q, k, v, turned, cos, sin, k_pages, v_pages, k_scales, v_scales, self._slots,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, self._padded,
             num_warps=1,
         )  # fmt: skip
-        out = torch.empty((tokens, spec.num_heads, spec.head_dim), dtype=q.dtype, device=q.device)
+        return turned
+
+    def _attend_all(self, q: Tensor, k_cache: KvPages, v_cache: KvPages) -> Tensor:
+        spec = self._spec
+        out = torch.empty((len(q), spec.num_heads, spec.head_dim), dtype=q.dtype, device=q.device)
         for launch in self._launches:
             self._attend(launch, q[launch.tokens], out[launch.tokens], k_cache, v_cache)
         return out.flatten(1)

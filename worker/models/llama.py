@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from worker.attention.base import AttentionBackend
+from worker.attention.base import AttentionBackend, RotatingAttention
 from worker.batch import Batch
 from worker.hf_config import DecoderConfig
 from worker.kv_cache import KvCache
@@ -96,10 +96,12 @@ class SelfAttention:
         """x: [T, hidden], normalised -> [T, hidden]."""
         heads = self._qkv(x).view(len(x), -1, self._head_dim)
         qk = heads if self._norms is None else self._norms(heads)
+        v = heads[:, self._rotated_heads :]
+        if isinstance(attention, RotatingAttention):
+            return self._output(attention.rotate_and_forward(qk, v, cos, sin, k_cache, v_cache))
         # queries and keys lie side by side: one rotation for both
         kv_heads = self._rotated_heads - self._num_heads
         q, k = self._ops.rotate_apart(qk, self._num_heads, kv_heads, cos, sin)
-        v = heads[:, self._rotated_heads :]
         return self._output(attention.forward(q, k, v, k_cache, v_cache))
 
 

@@ -1,7 +1,6 @@
 """What a decoder does to each token between its products, one Triton kernel for each.
 
-Keys are rotated here and written to the cache by the attention, in its own kernel: models norm, rotate and
-attend in steps that know nothing of each other, and one launch less is nothing in a captured graph.
+Queries and keys are rotated by the attention, on the way into the cache, but where a family has its own way.
 """
 
 from __future__ import annotations
