@@ -33,7 +33,7 @@ class Interpreted(CpuPlatform):
 
     invariant_attention_backend = attention_backend
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, *, may_round: bool = False) -> Linear:
         return PlainLinear(weight, bias)
 
 
