@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.harness import HOST, TINY_MODEL, Daemon, model_config
 
@@ -161,10 +162,13 @@ def test_too_few_cache_blocks_say_how_many_are_needed(make_daemon: MakeDaemon) -
     )  # 2560 / 128 blocks
 
 
-def test_a_device_that_is_not_there(make_daemon: MakeDaemon) -> None:
-    daemon = make_daemon({"BackendConfig": {"runtimeConfig": {"deviceType": "npu"}}}).start()
+@pytest.mark.parametrize(("device", "words"), [("npu", "torch_npu"), ("cuda", "built without CUDA")])
+def test_a_device_that_is_not_there(make_daemon: MakeDaemon, device: str, words: str) -> None:
+    if device == "cuda" and torch.version.cuda:
+        pytest.skip("this torch has CUDA: tests/worker/test_cuda_start.py asks drivers of its own")
+    daemon = make_daemon({"BackendConfig": {"runtimeConfig": {"deviceType": device}}}).start()
     assert daemon.wait() == 5
-    assert "npu" in daemon.stderr and "deviceType" in daemon.stderr
+    assert f"deviceType '{device}': " in daemon.stderr and words in daemon.stderr
 
 
 def test_F10_shared_memory_names_the_need(make_daemon: MakeDaemon) -> None:
