@@ -2,7 +2,7 @@
 # Sets up .venv once, then runs every check: ruff, mypy and the tests. Leaves nothing running and, outside of
 # .venv, nothing lying about.
 #   scripts/test.sh [--fast] [argument of pytest ...]     --fast leaves out the tests marked slow
-# Tests run two at a time where they can, unless there are arguments for pytest.
+# Tests run three at a time where they can, unless there are arguments for pytest.
 # Exits with pytest's code; with 1 when the tests pass and another check does not.
 set -euo pipefail
 caller_dir=$PWD
@@ -72,8 +72,8 @@ if ((whole)); then
     # what computes much or in several ranks has both cores for itself
     alone=(tests/e2e/test_correctness.py tests/e2e/test_parallel.py)
     # files stay whole, for what their tests share is made once, in the order of tests/conftest.py; a thread each,
-    # for the two fill the machine
-    OMP_NUM_THREADS=1 run_pytest -n 2 --dist loadfile --no-loadscope-reorder "${alone[@]/#/--ignore=}"
+    # for they fill two cores
+    OMP_NUM_THREADS=1 run_pytest -n 3 --dist loadfile --no-loadscope-reorder "${alone[@]/#/--ignore=}"
     run_pytest "${alone[@]}"
 else
     run_pytest

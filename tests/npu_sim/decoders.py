@@ -16,7 +16,7 @@ from engine.plan import StepKind, build_plan
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from tests.worker.conftest import MODEL, SCHEDULE
-from worker.platforms import npu
+from worker.platforms.driver_trial import Driver
 from worker.runner import ModelRunner
 
 BLOCK_SIZE = 128
@@ -61,7 +61,7 @@ def write_decoder(folder: Path, name: str, dtype: torch.dtype, **changes: Any) -
 
 
 # the driver answers every worker the same; asking it takes a process that imports torch_npu, and seconds
-npu.ask_driver = functools.cache(npu.ask_driver)
+Driver.ask = functools.cache(Driver.ask)
 
 
 class Decoder:

@@ -72,8 +72,8 @@ def _packed_if_faster(plain: PlainLinear, weight: Tensor) -> PackedLinear | None
 def _native_if_faster(torch_best: Callable[[Tensor], Tensor], weight: Tensor) -> Native:
     """One kernel for all numbers of rows: its layout is another, and no weight is kept twice.
 
-    Unless torch's are much faster, as with matrix instructions: the order of our sums does not depend on the
-    batch, which others need tiles for, and a choice that hangs on noise would change answers with each start.
+    Unless torch's are much faster, as with matrix instructions that ours lack: the order of our sums does not
+    depend on the batch, and a choice that hangs on noise would change answers with each start.
     """
     compiled = kernels()
     if compiled is None or weight.dtype not in _NATIVE:
@@ -82,7 +82,7 @@ def _native_if_faster(torch_best: Callable[[Tensor], Tensor], weight: Tensor) ->
     ours = [NativeLinear(weight, None, compiled, dot=way == "dot") for way in ways]
     *times, of_torch = steps_take([*ours, torch_best], _SHAPE[1], weight.dtype)
     best = min(range(len(ways)), key=lambda index: times[index])
-    much = 1.5 if has_matrix_instructions() else 3.0
+    much = 1.5 if has_matrix_instructions() and compiled.name != b"amx" else 3.0
     return ways[best] if times[best] <= much * of_torch else ""
 
 
