@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +49,7 @@ class AttentionBackend(Protocol):
 class RotatingAttention(AttentionBackend):
     """A backend that rotates queries and keys by their positions itself, on the way into the cache."""
 
+    @abstractmethod
     def rotate_and_forward(
         self, qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: KvPages, v_cache: KvPages
     ) -> Tensor:
@@ -55,4 +57,3 @@ class RotatingAttention(AttentionBackend):
 
         cos and sin: from `RotaryTable.gather`.
         """
-        raise NotImplementedError

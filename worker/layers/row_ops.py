@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +37,21 @@ class RowOps(Protocol):
         """As `rotate`, of queries and the keys behind them -> both, [T, their heads, head_dim]."""
 
 
-class TorchRowOps:
+class RotatesTogether:
+    """Queries and keys lie side by side: one rotation for both."""
+
+    @abstractmethod
+    def rotate(self, heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> Tensor:
+        """See `RowOps`."""
+
+    def rotate_apart(
+        self, heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        qk = self.rotate(heads, num_heads + num_kv_heads, cos, sin)
+        return qk[:, :num_heads], qk[:, num_heads:]
+
+
+class TorchRowOps(RotatesTogether):
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         if delta is not None:
             x += delta
@@ -47,12 +62,6 @@ class TorchRowOps:
 
     def rotate(self, heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> Tensor:
         return apply_rotary(heads[:, :count], cos, sin)
-
-    def rotate_apart(
-        self, heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        qk = self.rotate(heads, num_heads + num_kv_heads, cos, sin)
-        return qk[:, :num_heads], qk[:, num_heads:]
 
 
 @dataclass(frozen=True, slots=True)

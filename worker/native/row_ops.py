@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from worker.layers.row_ops import RotatesTogether
 from worker.native.library import IS_BF16, Kernels
 
 
-class NativeRowOps:
+class NativeRowOps(RotatesTogether):
     """RowOps of worker/layers/row_ops.py; TorchRowOps is its twin, which rounds intermediate results too."""
 
     def __init__(self, kernels: Kernels) -> None:
@@ -47,9 +48,3 @@ class NativeRowOps:
             IS_BF16[heads.dtype],
         )
         return heads[:, :count]
-
-    def rotate_apart(
-        self, heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        qk = self.rotate(heads, num_heads + num_kv_heads, cos, sin)
-        return qk[:, :num_heads], qk[:, num_heads:]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from worker.attention.triton_paged import power_of_two
+from worker.layers.row_ops import RotatesTogether
 
 _SIZE = 1024  # numbers of a program of an elementwise kernel
 
 
-class CudaRowOps:
+class CudaRowOps(RotatesTogether):
     """Rotates in place: queries and keys stay views of the product they came in."""
 
     def __init__(self) -> None:
@@ -44,12 +45,6 @@ class CudaRowOps:
             heads, cos, sin, heads.stride(0), head_dim, power_of_two(head_dim // 2), num_warps=1
         )
         return heads[:, :count]
-
-    def rotate_apart(
-        self, heads: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        qk = self.rotate(heads, num_heads + num_kv_heads, cos, sin)
-        return qk[:, :num_heads], qk[:, num_heads:]
 
 
 def warps_for(numbers: int) -> int:
