@@ -302,19 +302,23 @@ class EngineClient:
 
     async def _write(self, part: Part, link: InstanceLink) -> bool:
         """Whether the instance has got it; False when it is not there any more."""
-        counts, ids = part.progress()
-        ends, request_id = link.ends, next(self._ids)
-        if ends is None:
+        ends = link.ends
+        if ends is None or not link.serving:  # a successor that has not greeted yet does not read either
             return False
+        counts, ids = part.progress()
         pieces = layout.prompt_pieces(ends.prompts.slot_bytes, ids)
         if len(pieces) > ends.prompts.slots:
             part.flight.fail(EngineFailed(_DIED))  # too long to be taken up again
             return True
+        while not ends.prompts.has_room(len(pieces)):  # the leader drains the ring between steps
+            await asyncio.sleep(_RING_FULL_S)
+            if link.ends is not ends:
+                return False
+        # from here on nothing can come between: pieces without their Submit would be taken for the next one's
+        request_id = next(self._ids)
         for piece in pieces:
-            while (slot := ends.prompts.reserve()) is None:  # the leader drains the ring between steps
-                await asyncio.sleep(_RING_FULL_S)
-                if link.ends is not ends:
-                    return False
+            slot = ends.prompts.reserve()
+            assert slot is not None
             layout.write_prompt(slot, request_id, piece)
             ends.prompts.commit()
         submit = Submit(request_id, len(part.prompt), part.priority, counts, part.cache_salt, part.sampling)

@@ -298,6 +298,14 @@ start_daemon() {
     cd -- "$OLDPWD"
 }
 
+# A terminal's Ctrl+C has reached the service already: for it this is the second signal, which ends it at once, so
+# neither may fail the script before it has said what happened.
+stop_service() {
+    kill "$daemon_pid" 2> /dev/null || true
+    wait "$daemon_pid" || true
+    die "interrupted; the service was stopped"
+}
+
 show_message() { # LEVEL MESSAGE
     local text=$2
     case $1 in
@@ -413,7 +421,7 @@ rest_started=$SECONDS
 install_everything
 start_daemon
 # Ctrl+C while waiting means the service, too
-trap 'kill "$daemon_pid" 2> /dev/null; wait "$daemon_pid"; die "interrupted; the service was stopped"' INT TERM
+trap stop_service INT TERM
 follow_start || explain_failure
 trap - INT TERM
 printf '\nServing %d s after the dependencies were there.\n\n' "$((SECONDS - rest_started))"

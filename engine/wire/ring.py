@@ -119,9 +119,13 @@ class RingWriter:
 
     def reserve(self) -> memoryview | None:
         """The next slot to fill, or None when the reader has not freed one yet."""
-        if not self._free:
-            self._free = _take_all(self._ring.free_fd)
-        return self._ring.slot(self._next) if self._free else None
+        return self._ring.slot(self._next) if self.has_room(1) else None
+
+    def has_room(self, slots: int) -> bool:
+        """Whether so many can be reserved, one after the other."""
+        if self._free < slots:
+            self._free += _take_all(self._ring.free_fd)
+        return self._free >= slots
 
     def wait_free(self, timeout_s: float) -> bool:
         """Block until a slot is free; False when none was freed in time."""

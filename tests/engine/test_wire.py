@@ -159,6 +159,23 @@ def test_a_reset_ring_is_empty_and_starts_anew() -> None:
         reader.release()
 
 
+def test_room_for_several_slots_is_waited_for_without_losing_those_that_are_free() -> None:
+    ring = create_ring(_name(), slots=4, slot_bytes=16)
+    writer, reader = RingWriter(ring), RingReader(ring)
+    assert writer.has_room(4) and not writer.has_room(5)
+    for _ in range(3):
+        assert writer.reserve() is not None
+        writer.commit()
+    assert writer.has_room(1) and not writer.has_room(2)
+    assert reader.take() is not None
+    reader.release()
+    assert writer.has_room(2) and not writer.has_room(3)
+    for _ in range(2):
+        assert writer.reserve() is not None
+        writer.commit()
+    assert writer.reserve() is None
+
+
 def test_F26_a_slot_of_an_older_generation_is_never_acted_on() -> None:
     ring = create_ring(_name(), slots=2, slot_bytes=16)
     writer, reader = RingWriter(ring, generation=1), RingReader(ring, generation=2)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
+from engine.wire.sizes import PROMPT_SLOTS
 from tests.harness import HOST, TINY_MODEL, Daemon, Json, eventually, merge, model_config, sse_payloads
 from tests.streams import LONG, LONG_CONFIG, Stream
 
@@ -144,6 +145,21 @@ def test_F02_a_stopped_worker_is_replaced_and_its_streams_go_on(make_daemon: Mak
     assert not worker.is_running()  # there is nothing left that SIGCONT could wake
     assert mentions(daemon, "[ERROR]", "role=worker", "no progress", "stepTimeoutSec")
     serves_again(daemon)
+    assert daemon.stop() == 0
+
+
+def test_F02_more_requests_than_the_ring_holds_go_on_after_a_hang(make_daemon: MakeDaemon) -> None:
+    """Those that wait for a place on the ring of a stopped worker must not reach its successor too early."""
+    impatient = {"BackendConfig": {"runtimeConfig": {"stepTimeoutSec": 1}}}
+    daemon = make_daemon(merge(MOCK, impatient)).start().wait_ready()
+    body = {**LONG, "max_tokens": 20}
+    undisturbed = texts(daemon.frames("/v1/completions", body))
+    daemon.child("worker").suspend()
+    streams = [Stream(daemon, body) for _ in range(PROMPT_SLOTS + 40)]
+    for stream in streams:
+        stream.join(60)
+        assert texts(sse_payloads(stream.received)) == undisturbed
+    assert len(mentions(daemon, "[ERROR]", "role=worker", "died")) == 1
     assert daemon.stop() == 0
 
 

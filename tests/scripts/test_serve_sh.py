@@ -64,6 +64,13 @@ class Place:
         pids = self.processes()
         return next(process for process in map(psutil.Process, pids) if process.ppid() not in pids)
 
+    def kill_all(self) -> None:
+        """Whatever a test before has left running."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not self.processes(), 30, "the end of all")
+
     def processes(self) -> list[int]:
         """Everything that runs in the installation directory."""
         found = []
@@ -260,8 +267,7 @@ class TestFromBareToServing:
         assert not is_alive(old.pid)
 
     def test_a_starting_service_is_waited_for(self, place: Place, first_run: str) -> None:
-        place.parent().kill()
-        eventually(lambda: not place.processes(), 30, "the end of all")
+        place.kill_all()
         path = place.home / "output.log"
         with path.open("wb") as log:
             daemon = subprocess.Popen(
@@ -284,6 +290,7 @@ class TestFromBareToServing:
 
     def test_what_was_interrupted_is_done_again(self, place: Place, first_run: str) -> None:
         """As a kill leaves it: temporary copies that are not whole, and no stamp of what had begun."""
+        place.kill_all()
         whole = place.content().keys()
         (place.home / "security").rename(place.home / ".security.new")
         (place.home / ".security.new/client/client.key.pem").unlink()
@@ -297,6 +304,7 @@ class TestFromBareToServing:
         assert place.content().keys() == whole
 
     def test_interrupted_it_takes_the_service_along(self, place: Place, first_run: str) -> None:
+        place.kill_all()
         with place.serving() as script:
             assert script.stdout is not None
             started = next(line for line in script.stdout if "role=endpoint" in line)
@@ -307,6 +315,7 @@ class TestFromBareToServing:
         assert place.processes() == []
 
     def test_the_exit_code_is_that_of_the_daemon(self, place: Place, first_run: str) -> None:
+        place.kill_all()
         certificate = place.home / "security" / "certs" / "server.pem"
         good = certificate.read_bytes()
         certificate.write_text("no certificate")
